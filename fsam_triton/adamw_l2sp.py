@@ -1,0 +1,494 @@
+"""AdamWL2SP: AdamW whose decay pulls towards the pre-trained weights, one fused pass per flat buffer."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from . import coefficients, ops
+from .buffers import Bucket
+from .kernels.reference import compute_dtype
+
+# Names of the buffers that a parameter's entry in `state` shows, if there are any.
+_STATE_LANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "anchor", "fisher", "mask")
+_UPDATE = 0x51ED270B
+
+
+def check(ok: bool, name: str, value: object, allowed: str) -> None:
+    """Raise the ValueError of a bad argument."""
+    if not ok:
+        raise ValueError(f"Invalid {name}: {value!r}; {allowed}")
+
+
+class AdamWL2SP(Optimizer):
+    r"""AdamW (arXiv 1711.05101) with the decoupled L2-SP penalty (arXiv 1802.01483), fused over flat buffers.
+
+    In a parameter group with ``l2_sp > 0`` a parameter with an anchor is pulled to it, ``w -= lr * l2_sp * (w - anchor)``;
+    one without (a novel one, a new classifier say) and every parameter of other groups decays to zero,
+    ``w -= lr * weight_decay * w``. Then Adam, exactly as :class:`torch.optim.AdamW`, whose state dicts it reads and writes.
+
+    The parameters become views of flat buffers (``p.data`` is re-pointed), so move and cast the model first. A coordinate
+    whose gradient is not finite keeps its weight and moments.
+
+    Args:
+        params: ``model.parameters()``, ``model.named_parameters()`` or parameter groups (dicts), in which every argument
+            marked (group) may stand too. Floating point, dense.
+        lr: learning rate, a float or a tensor of one element (group; default: 1e-3).
+        betas: decay rates of the first and second moment, each in [0, 1) (group; default: (0.9, 0.999)).
+        eps: added to the denominator, >= 0 (group; default: 1e-8).
+        weight_decay: decay to zero where there is no anchor, >= 0 (group; default: 1e-2).
+        amsgrad: use the maximum of the second moments (group; default: False).
+        l2_sp: decay to the anchor, >= 0 (group; default: 0, no anchors are kept).
+        anchors: ``"initial"``, the values at construction, or a mapping of parameter names to tensors of their shapes, for
+            which ``params`` must carry names; parameters it does not name are novel (default: ``"initial"``).
+        maximize: maximize the objective (group; default: False).
+        max_grad_norm: clip the global gradient norm to this, > 0, as ``clip_grad_norm_`` does; a step whose norm is not
+            finite is skipped altogether (default: None, no clipping).
+        master_weights: keep fp32 copies of fp16 and bf16 parameters, and fp32 moments (default: False).
+        stochastic_rounding: without master weights, round 16-bit weights and second moments stochastically; to nearest,
+            small updates would be lost (default: True).
+        flatten: move parameters into one buffer; False leaves them in place, at a launch for each (group; default: True).
+        static_grads: keep ``p.grad`` the same tensors for ever (CUDA graphs): consumed gradients are zeroed by the kernel
+            that reads them, and `zero_grad` never sets None (default: False).
+        seed: of the stochastic rounding (default: 0).
+        foreach, capturable, fused: accepted because torch.optim.AdamW takes them; steps always are fused and capturable.
+
+    Raises:
+        ValueError: an argument is out of its range, a parameter is complex, integer or sparse, an anchor does not fit.
+
+    Example:
+        >>> import torch
+        >>> from fsam_triton import AdamWL2SP
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = AdamWL2SP(model.parameters(), lr=1e-3, l2_sp=0.01)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+    """
+
+    # torch.amp.GradScaler then always calls `step` and passes `grad_scale` and `found_inf`, so that a step with an overflow
+    # is skipped on the device, after the restore.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        l2_sp: float = 0.0,
+        anchors: str | Mapping[str, Tensor] = "initial",
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = True,
+        flatten: bool = True,
+        static_grads: bool = False,
+        seed: int = 0,
+        foreach: bool | None = None,
+        capturable: bool | None = None,
+        fused: bool | None = None,
+        _group_defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        check(
+            anchors == "initial" or isinstance(anchors, Mapping), "anchors", anchors, 'must be "initial" or a mapping'
+        )
+        check(max_grad_norm is None or max_grad_norm > 0, "max_grad_norm", max_grad_norm, "must be > 0 or None")
+        self.anchors = anchors
+        self.max_grad_norm = max_grad_norm
+        self.master_weights = master_weights
+        self.stochastic_rounding = stochastic_rounding
+        self.static_grads = static_grads
+        self.seed = seed
+        self._buckets: list[Bucket] = []
+        self._hyper = defaultdict(coefficients.HyperParameters)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "l2_sp": l2_sp,
+            "maximize": maximize,
+            "flatten": flatten,
+            **(_group_defaults or {}),
+        }
+        self._check_group(defaults)
+        super().__init__(params, defaults)
+
+    # -- groups and buffers --------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as :meth:`torch.optim.Optimizer.add_param_group`; its parameters are moved into new buffers."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            self._check_parameters(group)
+            self._buckets += self._make_buckets(group)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        lr, betas = group["lr"], group["betas"]
+        if isinstance(lr, Tensor):
+            check(lr.numel() == 1, "learning rate", lr, "a tensor must have one element")
+        else:
+            check(lr >= 0, "learning rate", lr, "must be >= 0")
+        for i, beta in enumerate(betas):
+            check(isinstance(beta, Tensor) or 0 <= beta < 1, f"beta parameter at index {i}", beta, "must be in [0, 1)")
+        for name in ("eps", "weight_decay", "l2_sp"):
+            check(group[name] >= 0, f"{name} value", group[name], "must be >= 0")
+
+    def _check_parameters(self, group: dict[str, Any]) -> None:
+        extents = {}
+        for i, p in enumerate(group["params"]):
+            label = repr(group["param_names"][i]) if "param_names" in group else f"number {i}"
+            fits = p.is_floating_point() and p.layout == torch.strided and not p.is_meta
+            check(fits, f"parameter {label}", f"{p.dtype}, {p.layout}, {p.device}", "must be dense fp16/bf16/fp32/fp64")
+            check(p.element_size() >= 2, f"parameter {label}", p.dtype, "must be fp16, bf16, fp32 or fp64")
+            check(
+                not hasattr(p, "device_mesh"), f"parameter {label}", type(p).__name__, "sharded tensors do not work yet"
+            )
+            if p.numel():
+                other = extents.setdefault((p.device, p.data_ptr()), label)
+                check(
+                    other == label,
+                    f"parameter {label}",
+                    f"shares its memory with parameter {other}",
+                    "to tie them, make them one Parameter object",
+                )
+
+    def _make_buckets(self, group: dict[str, Any]) -> list[Bucket]:
+        """The buckets of a group: one for each device, dtype and whatever else the passes must tell apart."""
+        members: dict[tuple, list[int]] = {}
+        for i, p in enumerate(group["params"]):
+            key = (
+                p.device,
+                p.dtype,
+                p.requires_grad,
+                self._anchor(group, i) is not None,
+                self._is_selectable(group, i),
+            )
+            members.setdefault(key if group["flatten"] else (*key, i), []).append(i)
+        buckets = []
+        for key, indices in members.items():
+            bucket = Bucket([group["params"][i] for i in indices], group, flatten=group["flatten"], selectable=key[4])
+            if key[3]:
+                lane = bucket.lane("anchor", bucket.dtype)
+                with torch.no_grad():
+                    for j, i in enumerate(indices):
+                        bucket.view(lane, j).copy_(self._anchor(group, i))
+            if self.master_weights and bucket.weight.element_size() == 2:
+                bucket.lane("master", torch.float32).copy_(bucket.weight)
+            buckets.append(bucket)
+        return buckets
+
+    def _anchor(self, group: dict[str, Any], i: int) -> Tensor | None:
+        if group["l2_sp"] == 0:
+            return None
+        p = group["params"][i]
+        if self.anchors == "initial":
+            return p
+        check("param_names" in group, "anchors", "a mapping", "needs parameter names: pass model.named_parameters()")
+        name = group["param_names"][i]
+        anchor = self.anchors.get(name)
+        if anchor is not None:
+            check(
+                anchor.shape == p.shape, f"anchors[{name!r}]", tuple(anchor.shape), f"must have shape {tuple(p.shape)}"
+            )
+        return anchor
+
+    def _is_selectable(self, group: dict[str, Any], i: int) -> bool:
+        return True
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss, as in torch.optim.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients.
+
+        Args:
+            set_to_none: set them to None, which is fastest; if False they stay the same tensors and become zero. In both
+                cases a parameter that gets no gradient afterwards is left alone by `step`. With `static_grads` this is
+                always False.
+        """
+        for bucket in self._buckets:
+            bucket.drop_grads(keep_views=self.static_grads or not set_to_none)
+
+    def _collect(self) -> list[tuple[Bucket, tuple[bool, ...]]]:
+        """All buckets in which a parameter has a gradient, with which of them have."""
+        active = [(bucket, bucket.collect()) for bucket in self._buckets]
+        return [(bucket, now) for bucket, now in active if any(now)]
+
+    def _norm_sq(self, parts: Iterable[Tensor]) -> Tensor:
+        """Sum over buckets, on the first one's device."""
+        home = self._buckets[0].device
+        return sum(
+            (part.to(home, non_blocking=True) for part in parts), torch.zeros((), dtype=torch.float64, device=home)
+        )
+
+    def _update(self) -> None:
+        """Restore, if perturbed, and apply AdamW with L2-SP."""
+        collected = self._collect()
+        factor, skip = self._factor(collected)
+        updating = {id(bucket): active for bucket, active in collected}
+        for bucket in self._buckets:
+            if id(bucket) not in updating:
+                bucket.restore()
+        self._allocate(collected)
+        for bucket, active in collected:
+            bucket.advance(active, may_skip=skip is not None)
+            if all(active):
+                bucket.steps += 1 if skip is None else ~skip.to(bucket.device)
+            else:
+                now = torch.tensor(active).to(bucket.device, non_blocking=True)
+                bucket.steps += now if skip is None else now & ~skip.to(bucket.device)
+        runs = [(bucket, *run) for bucket, active in collected for run in bucket.runs(active)]
+        for coef, (bucket, start, stop, _, active) in zip(self._coefficients(runs, factor), runs, strict=True):
+            self._update_run(bucket, start, stop, active, coef)
+        for bucket, active in collected:
+            bucket.perturbed = False
+            bucket.written()
+            if self.static_grads:
+                bucket.mark_grads_zeroed()
+            if not all(known or not now for known, now in zip(bucket.known, active, strict=True)):
+                bucket.known = [known or now for known, now in zip(bucket.known, active, strict=True)]
+                self._publish(bucket)
+
+    def _factor(self, collected: list[tuple[Bucket, tuple[bool, ...]]]) -> tuple[Tensor | float, Tensor | None]:
+        """What to multiply gradients with (unscaling, clipping), and on the device whether to skip the step."""
+        factor: Tensor | float = 1.0
+        skip = None
+        if (scale := getattr(self, "grad_scale", None)) is not None:
+            factor = 1.0 / scale.to(torch.float64)
+        if (found_inf := getattr(self, "found_inf", None)) is not None:
+            skip = found_inf.squeeze() != 0
+        if self.max_grad_norm is not None and collected:
+            norm_sq = self._norm_sq(ops.grad_norm_sq(bucket.grad, None, None) for bucket, _ in collected)
+            clip, overflow = coefficients.clip_factor(norm_sq, factor, self.max_grad_norm)
+            factor = factor * clip
+            skip = overflow if skip is None else skip | overflow
+        if skip is not None:
+            factor = torch.where(skip, float("nan"), factor)
+        return factor, skip
+
+    def _allocate(self, collected: list[tuple[Bucket, tuple[bool, ...]]]) -> None:
+        for bucket, _ in collected:
+            narrow = bucket.dtype == torch.bfloat16 and "master" not in bucket.lanes
+            # fp16 cannot hold squares of gradients: its moments are fp32 always.
+            dtype = torch.bfloat16 if narrow else compute_dtype(bucket.dtype)
+            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if bucket.group["amsgrad"] else 2]:
+                bucket.lane(name, dtype)
+
+    def _hyper_parameters(self, bucket: Bucket) -> tuple[float | Tensor, ...]:
+        group = bucket.group
+        if group["l2_sp"] != 0 and self.anchors == "initial" and "anchor" not in bucket.lanes:
+            raise ValueError(
+                f"l2_sp was 0 when the optimizer was made, so no anchors were kept; it cannot become {group['l2_sp']!r} later"
+            )
+        rate = group["l2_sp"] if "anchor" in bucket.lanes else group["weight_decay"]
+        return (group["lr"], *group["betas"], group["eps"], rate, -1.0 if group["maximize"] else 1.0)
+
+    def _coefficients(self, runs: list[tuple[Bucket, int, int, int, bool]], factor: Tensor | float) -> list[Tensor]:
+        """Coefficients of each run of parameters that are updated together, on its device."""
+        out: list[Tensor] = [torch.empty(0)] * len(runs)
+        values = [self._hyper_parameters(run[0]) for run in runs]
+        for device in {run[0].device for run in runs}:
+            here = [i for i, run in enumerate(runs) if run[0].device == device]
+            hyper = self._hyper["descent"].rows(values, device)[here]
+            step = torch.stack([runs[i][0].steps[runs[i][3]] for i in here])
+            offset = torch.tensor([runs[i][1] for i in here])
+            key = self._keys([runs[i][0] for i in here], step, _UPDATE, offset.to(device, non_blocking=True))
+            on_device = factor.to(device, non_blocking=True) if isinstance(factor, Tensor) else factor
+            for i, coef in zip(here, coefficients.descent(hyper, step, on_device, key), strict=True):
+                out[i] = coef
+        return out
+
+    def _keys(self, buckets: list[Bucket], step: Tensor, purpose: int, offset: Tensor) -> Tensor:
+        """Keys of the random numbers of a pass over each bucket."""
+        if not self.stochastic_rounding or all(bucket.weight.element_size() > 2 for bucket in buckets):
+            return torch.zeros(len(buckets), dtype=torch.float64, device=step.device)
+        order = {id(bucket): i for i, bucket in enumerate(self._buckets)}
+        salt = torch.tensor(
+            [(self.seed * 0x9E3779B1 + order[id(b)] * 0xC2B2AE35 + purpose) & 0xFFFFFFFF for b in buckets]
+        )
+        return coefficients.keys(step, salt.to(step.device, non_blocking=True), offset)
+
+    def _update_run(self, bucket: Bucket, start: int, stop: int, active: bool, coef: Tensor) -> None:
+        def part(flat: Tensor | None) -> Tensor | None:
+            return flat if flat is None or (start == 0 and stop == bucket.size) else flat[start:stop]
+
+        lanes = bucket.lanes
+        if not active:
+            if bucket.perturbed:
+                part(bucket.weight).copy_(part(bucket.clean()))
+            return
+        ops.adamw_l2sp_(
+            part(bucket.weight),
+            part(bucket.grad),
+            part(lanes["exp_avg"]),
+            part(lanes["exp_avg_sq"]),
+            part(lanes["max_exp_avg_sq"]) if bucket.group["amsgrad"] else None,
+            part(bucket.backup) if bucket.perturbed and "master" not in lanes else None,
+            part(lanes.get("master")),
+            part(lanes.get("anchor")),
+            coef,
+            self.stochastic_rounding,
+            self.static_grads,
+        )
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def _publish(self, bucket: Bucket) -> None:
+        """Show the buffers of parameters that have been updated as torch.optim.AdamW's state."""
+        for i, p in enumerate(bucket.params):
+            if bucket.known[i]:
+                self.state[p] = self._entry(bucket, i)
+
+    def _entry(self, bucket: Bucket, i: int) -> dict[str, Tensor]:
+        lanes = {name: bucket.lane_view(name, i) for name in _STATE_LANES if name in bucket.lanes}
+        return {"step": bucket.steps[i], **lanes}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in torch.optim.AdamW's form: per parameter `step`, `exp_avg`, `exp_avg_sq` (`max_exp_avg_sq`).
+
+        `master`, `anchor`, and FSAM's `mask` and `fisher`, are there too where they are in use. Tensors are views of the
+        live buffers, as with torch.optim; a perturbation shows in none of them.
+        """
+        for bucket in self._buckets:
+            self._publish(bucket)
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of an optimizer of this kind or of torch.optim.AdamW; values are copied into the buffers.
+
+        Load the model's own weights first.
+
+        Raises:
+            ValueError: groups or shapes do not fit; nothing has been changed then.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        saved, groups = copy.deepcopy(state_dict["param_groups"]), self.param_groups
+        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
+            raise ValueError(
+                f"loaded state dict has parameter groups of {[len(g['params']) for g in saved]} parameters, "
+                f"this optimizer has groups of {[len(g['params']) for g in groups]}"
+            )
+        flat = itertools.chain.from_iterable
+        by_id = dict(zip(flat(g["params"] for g in saved), flat(g["params"] for g in groups), strict=True))
+        entries = {by_id[k]: entry for k, entry in state_dict["state"].items() if k in by_id}
+        merged = [{**old, **new, "params": old["params"]} for old, new in zip(groups, saved, strict=True)]
+        for group in merged:
+            self._check_group(group)
+        self._check_entries(entries)
+        self.restore()
+        for group, new in zip(groups, merged, strict=True):
+            group.update(new)
+        self._load_entries(entries)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def restore(self) -> None:
+        """Put back the clean weights, to the bit, if the parameters are perturbed."""
+        for bucket in self._buckets:
+            bucket.restore()
+
+    def _check_entries(self, entries: Mapping[Parameter, Mapping[str, Any]]) -> None:
+        for bucket in self._buckets:
+            for i, p in enumerate(bucket.params):
+                for name, value in entries.get(p, {}).items():
+                    if name in _STATE_LANES and name != "mask" and value.shape != p.shape:
+                        raise ValueError(
+                            f"state {name!r} of parameter {bucket.name(i)} has shape {tuple(value.shape)}, "
+                            f"must be {tuple(p.shape)}"
+                        )
+                    if name == "mask" and value.numel() != (p.numel() + 31) // 32:
+                        raise ValueError(
+                            f"state 'mask' of parameter {bucket.name(i)} has {value.numel()} words, "
+                            f"must be {(p.numel() + 31) // 32}"
+                        )
+
+    def _load_entries(self, entries: Mapping[Parameter, Mapping[str, Any]]) -> None:
+        self.state = defaultdict(dict)
+        self._allocate([(bucket, ()) for bucket in self._buckets if any(p in entries for p in bucket.params)])
+        for bucket in self._buckets:
+            steps = []
+            for i, p in enumerate(bucket.params):
+                entry = entries.get(p, {})
+                steps.append(float(entry.get("step", 0)))
+                for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                    if name in bucket.lanes:
+                        bucket.lane_view(name, i).copy_(entry.get(name, torch.zeros(())))
+                for name in ("master", "anchor"):
+                    if name in entry and name in bucket.lanes:
+                        bucket.lane_view(name, i).copy_(entry[name])
+                for name, dtype in (("fisher", compute_dtype(bucket.dtype)), ("mask", torch.int32)):
+                    if name in entry:
+                        bucket.lane(name, dtype)
+                        bucket.lane_view(name, i).copy_(entry[name])
+                bucket.known[i] = "exp_avg" in entry
+            bucket.steps.copy_(torch.tensor(steps))
+            bucket.resync()
+            bucket.remember_versions()
+            self._publish(bucket)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if any(bucket.perturbed for bucket in self._buckets):
+            raise RuntimeError(
+                "the weights are perturbed: call restore() or step() before copying or pickling the optimizer"
+            )
+        entries = {p: self._entry(bucket, i) for bucket in self._buckets for i, p in enumerate(bucket.params)}
+        known = {p: bucket.known[i] for bucket in self._buckets for i, p in enumerate(bucket.params)}
+        arguments = {k: v for k, v in self.__dict__.items() if k in self._ARGUMENTS}
+        return {**super().__getstate__(), "state": {}, "arguments": arguments, "entries": entries, "known": known}
+
+    # Attributes that a copy takes over as they are.
+    _ARGUMENTS = ("anchors", "max_grad_norm", "master_weights", "stochastic_rounding", "static_grads", "seed")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Called by copy and pickle alone: the copied parameters lie in memory of their own and are moved into new buffers.
+        state = dict(state)
+        entries, known = state.pop("entries"), state.pop("known")
+        self.__dict__.update(state.pop("arguments"))
+        state["state"] = defaultdict(dict)
+        super().__setstate__(state)
+        self._hyper = defaultdict(coefficients.HyperParameters)
+        self._buckets = [bucket for group in self.param_groups for bucket in self._make_buckets(group)]
+        self._load_entries(entries)
+        for bucket in self._buckets:
+            bucket.known = [known[p] for p in bucket.params]
+            for p, is_known in zip(bucket.params, bucket.known, strict=True):
+                if not is_known:
+                    self.state.pop(p, None)

@@ -1,0 +1,284 @@
+"""Where the numbers live: parameters, gradients and optimizer state as views of flat buffers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .kernels.reference import CHUNK
+
+# Every parameter starts on a 128-byte boundary (vector loads, TMA and cuBLAS want aligned weights) and on a word of a mask.
+_ALIGN_BYTES = 128
+_ALIGN_ELEMENTS = 32
+
+
+class Bucket:
+    """The flat buffers of parameters that share a parameter group, device and dtype.
+
+    Buffers have one layout: parameter i takes `numel` elements from `offsets[i]`, in its own strides; gaps and tail hold
+    zeros. A view of one parameter's part is a tensor with a storage of its own extent, so that saving it does not save
+    the whole buffer.
+
+    Attributes:
+        params: the parameters.
+        weight: their values, flat [size].
+        lanes: buffers by name: exp_avg, exp_avg_sq, max_exp_avg_sq, master, anchor, fisher [size], mask [size / 32].
+        steps: fp32 [len(params)], how often each was updated.
+        known: whether each parameter was ever updated.
+        backup: clean weights while the parameters are perturbed, [size], or None before it is needed.
+        perturbed: whether `weight` holds perturbed values.
+        selectable: whether a `FisherMask` chooses among these weights.
+    """
+
+    def __init__(
+        self, params: Sequence[Parameter], group: dict, *, flatten: bool = True, selectable: bool = True
+    ) -> None:
+        self.params = list(params)
+        self.group = group
+        self.selectable = selectable
+        first = self.params[0]
+        self.device, self.dtype = first.device, first.dtype
+        self.shapes = [p.shape for p in self.params]
+        self.strides = [torch.empty_like(p, device="meta").stride() for p in self.params]
+        align = max(_ALIGN_BYTES // first.element_size(), _ALIGN_ELEMENTS)
+        self.offsets, end = [], 0
+        for p in self.params:
+            self.offsets.append(end)
+            end += -(-p.numel() // align) * align
+        if flatten:
+            self.size = max(-(-end // CHUNK), 1) * CHUNK
+            self.weight = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+            self._move_parameters()
+        else:
+            self.size = first.numel()
+            self.weight = _flat_alias(first)
+        self.lanes: dict[str, Tensor] = {}
+        self.steps = torch.zeros(len(self.params), device=self.device)
+        self.known = [False] * len(self.params)
+        self.backup: Tensor | None = None
+        self.perturbed = False
+        self._pointers = [p.data_ptr() for p in self.params]
+        self._versions = [p._version for p in self.params]
+        self._grad: Tensor | None = None
+        self._grad_views: list[Tensor] = []
+        self._zero_versions: list[int] = []
+        # Parameters with the same entry have been updated equally often; see `advance`.
+        self._lockstep: list[tuple[int, int]] = [(0, 0)] * len(self.params)
+        self._tags = 0
+        self._collect_in_backward()
+
+    def _move_parameters(self) -> None:
+        with torch.no_grad():
+            for i, p in enumerate(self.params):
+                view = self.view(self.weight, i)
+                view.copy_(p)
+                p.data = view
+
+    def _collect_in_backward(self) -> None:
+        bucket = weakref.ref(self)
+        handles = []
+        for i, p in enumerate(self.params):
+            if p.requires_grad and p.is_leaf:
+
+                def collect(p: Tensor, i: int = i) -> None:
+                    if (own := bucket()) is not None:
+                        own._collect_one(i, p)
+
+                handles.append(p.register_post_accumulate_grad_hook(collect))
+        weakref.finalize(self, lambda: [handle.remove() for handle in handles])
+
+    def view(self, flat: Tensor, i: int) -> Tensor:
+        """Parameter i's part of a flat buffer, in the parameter's shape and strides."""
+        size = flat.element_size()
+        start = self.offsets[i] * size
+        storage = flat.untyped_storage()[start : start + self.shapes[i].numel() * size]
+        with torch.no_grad():
+            return torch.empty(0, dtype=flat.dtype, device=flat.device).set_(
+                storage, 0, self.shapes[i], self.strides[i]
+            )
+
+    def mask_words(self, i: int) -> Tensor:
+        """Parameter i's words of the mask, int32 [ceil(numel / 32)]."""
+        start = self.offsets[i] // 32
+        return self.lanes["mask"][start : start + (self.shapes[i].numel() + 31) // 32]
+
+    def lane(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The buffer of that name, made of zeros when first asked for."""
+        if name not in self.lanes:
+            size = (self.size + 31) // 32 if name == "mask" else self.size
+            self.lanes[name] = torch.zeros(size, dtype=dtype, device=self.device)
+        return self.lanes[name]
+
+    def lane_view(self, name: str, i: int) -> Tensor:
+        """Parameter i's part of the buffer of that name."""
+        return self.mask_words(i) if name == "mask" else self.view(self.lanes[name], i)
+
+    @property
+    def grad(self) -> Tensor:
+        """Flat gradient [size], made when the first gradient arrives."""
+        if self._grad is None:
+            self._grad = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+            self._grad_views = [self.view(self._grad, i) for i in range(len(self.params))]
+            self._zero_versions = [view._version for view in self._grad_views]
+        return self._grad
+
+    def _collect_one(self, i: int, p: Tensor) -> None:
+        grad = p.grad
+        if grad is None or grad.requires_grad or grad.is_sparse:
+            return
+        _ = self.grad
+        view = self._grad_views[i]
+        if grad is not view:
+            with torch.no_grad():
+                view.copy_(grad)
+            p.grad = view
+
+    def collect(self) -> tuple[bool, ...]:
+        """Bring all gradients into the flat buffer.
+
+        Returns:
+            For each parameter whether it has a gradient. One that received none since its view was zeroed has none.
+
+        Raises:
+            RuntimeError: sparse gradient, or a parameter that no longer is the view of its buffer.
+        """
+        active = []
+        for i, p in enumerate(self.params):
+            if p.data_ptr() != self._pointers[i] or p.dtype != self.dtype:
+                raise RuntimeError(
+                    f"parameter {self.name(i)} was moved or replaced after the optimizer was made "
+                    f"(now {tuple(p.shape)}, {p.dtype}, {p.device}): move or cast the model first, then make the optimizer, "
+                    "and use only one optimizer for a parameter"
+                )
+            grad = p.grad
+            if grad is not None:
+                if grad.is_sparse:
+                    raise RuntimeError(
+                        f"sparse gradient of parameter {self.name(i)}: only dense gradients are supported"
+                    )
+                self._collect_one(i, p)
+            elif self._grad is None:
+                active.append(False)
+                continue
+            view = self._grad_views[i]
+            if grad is None:
+                self._zero(i)
+            active.append(view._version != self._zero_versions[i])
+        self._adopt_changed_weights()
+        return tuple(active)
+
+    def _zero(self, i: int) -> None:
+        view = self._grad_views[i]
+        if view._version != self._zero_versions[i]:
+            with torch.no_grad():
+                view.zero_()
+            self._zero_versions[i] = view._version
+
+    def _adopt_changed_weights(self) -> None:
+        # Somebody wrote into a parameter since our last pass (load_state_dict, clamping): the master follows where the
+        # two differ, and keeps its extra bits elsewhere.
+        master = self.lanes.get("master")
+        if master is None or self.perturbed:
+            return
+        for i, p in enumerate(self.params):
+            if p._version != self._versions[i]:
+                view = self.view(master, i)
+                with torch.no_grad():
+                    view.copy_(torch.where(view.to(self.dtype) == p, view, p.to(view.dtype)))
+        self.remember_versions()
+
+    def remember_versions(self) -> None:
+        """Take the parameters' present values as the ones this optimizer wrote."""
+        self._versions = [p._version for p in self.params]
+
+    def written(self) -> None:
+        """Tell autograd that a pass has written the parameters in place."""
+        torch.autograd.graph.increment_version(self.params)
+        self.remember_versions()
+
+    def drop_grads(self, keep_views: bool) -> None:
+        """Clear the gradients: as None or, if keep_views, as zeros in the same tensors."""
+        for i, p in enumerate(self.params):
+            if not keep_views:
+                p.grad = None
+            elif p.grad is not None:
+                self._collect_one(i, p)
+                self._zero(i)
+
+    def mark_grads_zeroed(self) -> None:
+        """A kernel has stored zeros over the whole gradient buffer."""
+        self._zero_versions = [view._version for view in self._grad_views]
+
+    def clean(self) -> Tensor:
+        """The unperturbed weights: the parameters, their backup, or the master weights (to be rounded)."""
+        if not self.perturbed:
+            return self.weight
+        return self.lanes["master"] if "master" in self.lanes else self.backup
+
+    def restore(self) -> None:
+        """Undo a perturbation, to the bit."""
+        if self.perturbed:
+            with torch.no_grad():
+                self.weight.copy_(self.clean())
+            self.perturbed = False
+            self.written()
+
+    def advance(self, active: tuple[bool, ...], may_skip: bool) -> None:
+        """Note that the active parameters are being updated, unless (may_skip) the device decides to skip the update.
+
+        Which of them had how many updates is on the device; which had equally many is known here, without asking it.
+        """
+        if may_skip and not all(active) and any(active):
+            fresh: dict[tuple[int, int], tuple[int, int]] = {}
+            for i, now in enumerate(active):
+                if now:
+                    if self._lockstep[i] not in fresh:
+                        self._tags += 1
+                        fresh[self._lockstep[i]] = (self._tags, 0)
+                    self._lockstep[i] = fresh[self._lockstep[i]]
+        else:
+            for i, now in enumerate(active):
+                if now:
+                    tag, count = self._lockstep[i]
+                    self._lockstep[i] = (tag, count + 1)
+
+    def resync(self) -> None:
+        """Read the step counts, after they were loaded."""
+        self._lockstep = [(0, int(step)) for step in self.steps.tolist()]
+
+    def runs(self, active: tuple[bool, ...]) -> list[tuple[int, int, int, bool]]:
+        """Longest stretches of parameters that can share a launch: (start, stop, a parameter in it, whether active)."""
+        runs: list[list] = []
+        last = None
+        for i, shape in enumerate(self.shapes):
+            if shape.numel() == 0:
+                continue
+            key = self._lockstep[i] if active[i] else None
+            if not runs or key != last:
+                runs.append([self.offsets[i], self.size, i, active[i]])
+                if len(runs) > 1:
+                    runs[-2][1] = self.offsets[i]
+            last = key
+        if runs:
+            runs[0][0] = 0
+        return [tuple(run) for run in runs]
+
+    def name(self, i: int) -> str:
+        """Parameter i's name if the optimizer was given names, else its position in its group."""
+        position = next(j for j, p in enumerate(self.group["params"]) if p is self.params[i])
+        names = self.group.get("param_names")
+        return repr(names[position]) if names else f"number {position} of its group (shape {tuple(self.shapes[i])})"
+
+
+def _flat_alias(p: Parameter) -> Tensor:
+    """The parameter's own memory as a flat tensor."""
+    if p.numel() and p.stride() != torch.empty_like(p, device="meta").stride():
+        raise ValueError(
+            f"flatten=False needs a dense parameter; got shape {tuple(p.shape)} with strides {p.stride()}: "
+            "pass flatten=True or a contiguous parameter"
+        )
+    return p.detach().as_strided((p.numel(),), (1,))

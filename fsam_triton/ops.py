@@ -1,0 +1,180 @@
+"""The passes as `torch.library` operators: Triton on CUDA and ROCm tensors, the compiled reference on CPU tensors.
+
+Under TRITON_INTERPRET=1 CPU tensors go through the Triton kernels too, so that their numbers can be tested anywhere.
+Arguments and results are described in `fsam_triton.kernels.reference`, which has a function for each operator.
+"""
+
+import functools
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels import reference
+
+_library = torch.library.Library("fsam_triton", "DEF")
+
+_library.define("grad_norm_sq(Tensor grad, Tensor? weight, Tensor? mask) -> Tensor")
+_library.define(
+    "perturb_(Tensor(a!) weight, Tensor(b!) grad, Tensor(c!)? backup, Tensor? master, Tensor? mask, Tensor coef, "
+    "bool adaptive, bool stochastic, bool zero_grad) -> ()"
+)
+_library.define(
+    "adamw_l2sp_(Tensor(a!) weight, Tensor(b!) grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, "
+    "Tensor(e!)? max_exp_avg_sq, Tensor? backup, Tensor(f!)? master, Tensor? anchor, Tensor coef, "
+    "bool stochastic, bool zero_grad) -> ()"
+)
+_library.define("digit_histogram(Tensor values, Tensor prefix, int shift, int bits, bool wide) -> Tensor")
+_library.define("write_mask_(Tensor(a!) mask, Tensor values, Tensor threshold, Tensor quota, bool wide) -> Tensor")
+
+grad_norm_sq = torch.ops.fsam_triton.grad_norm_sq.default
+perturb_ = torch.ops.fsam_triton.perturb_.default
+adamw_l2sp_ = torch.ops.fsam_triton.adamw_l2sp_.default
+digit_histogram = torch.ops.fsam_triton.digit_histogram.default
+write_mask_ = torch.ops.fsam_triton.write_mask_.default
+
+
+@functools.cache
+def _triton() -> types.SimpleNamespace:
+    """The Triton launchers, imported on first use: a machine without a GPU need not have Triton."""
+    from .kernels import adamw_l2sp, grad_norm, perturb, topk_mask
+
+    return types.SimpleNamespace(
+        grad_norm_sq=grad_norm.grad_norm_sq,
+        perturb_=perturb.perturb_,
+        adamw_l2sp_=adamw_l2sp.adamw_l2sp_,
+        digit_histogram=topk_mask.digit_histogram,
+        write_mask_=topk_mask.write_mask_,
+    )
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on (TRITON_INTERPRET=1 at the first call), so that kernels run on CPU tensors."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _can_compile() -> bool:
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    except Exception as error:
+        warnings.warn(
+            f"fsam_triton: no working C++ compiler ({error}); CPU passes run as eager PyTorch, several times slower. "
+            "Install g++ or clang++, or set CXX.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any], variant: tuple) -> Callable[..., Any]:
+    """`function` compiled for one combination of dtypes and flags.
+
+    Each combination gets a code object of its own, because torch.compile gives up on a code object that was compiled for
+    too many of them.
+    """
+    if not _can_compile():
+        return function
+    name = f"{function.__name__}_{abs(hash(variant)):x}"
+    own = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
+    return torch.compile(own, dynamic=True, fullgraph=True)
+
+
+def _run_compiled(function: Callable[..., Any], *args: Any) -> Any:
+    variant = tuple((a.dtype, a.dim()) if isinstance(a, Tensor) else a for a in args)
+    with torch.no_grad():
+        return _compiled(function, variant)(*args)
+
+
+def _words_as_rows(mask: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """With a mask, flat tensors as [n / 32, 32]: then the compiled code reads one word a row instead of gathering bits."""
+    if mask is None or tensors[0].numel() % 32:
+        return tensors
+    return tuple(None if t is None else t.view(-1, 32) for t in tensors)
+
+
+def _cpu_grad_norm_sq(grad: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
+    if interpreting():
+        return _triton().grad_norm_sq(grad, weight, mask)
+    whole = grad.numel() // reference.CHUNK * reference.CHUNK
+    total = torch.zeros((), dtype=torch.float64)
+    if whole:
+        chunks = reference.chunk_views(grad, weight, mask, 0, whole)
+        total += _run_compiled(reference.chunk_sums, *chunks).sum(dtype=torch.float64)
+    if whole < grad.numel():
+        total += reference.chunk_sums(*reference.chunk_views(grad, weight, mask, whole, grad.numel())).sum()
+    return total
+
+
+def _cpu_perturb_(weight, grad, backup, master, mask, coef, adaptive, stochastic, zero_grad) -> None:
+    if interpreting():
+        return _triton().perturb_(weight, grad, backup, master, mask, coef, adaptive, stochastic, zero_grad)
+    weight, grad, backup, master = _words_as_rows(mask, weight, grad, backup, master)
+    _run_compiled(reference.perturb_, weight, grad, backup, master, mask, coef, adaptive, stochastic, zero_grad)
+
+
+def _cpu_adamw_l2sp_(*args) -> None:
+    if interpreting():
+        return _triton().adamw_l2sp_(*args)
+    _run_compiled(reference.adamw_l2sp_, *args)
+
+
+def _cpu_digit_histogram(*args) -> Tensor:
+    return (_triton() if interpreting() else reference).digit_histogram(*args)
+
+
+def _cpu_write_mask_(*args) -> Tensor:
+    return (_triton() if interpreting() else reference).write_mask_(*args)
+
+
+def _on_gpu(name: str) -> Callable[..., Any]:
+    def launch(*args: Any) -> Any:
+        # A kernel runs on the current device, which need not be the tensors'.
+        with torch.cuda.device(args[0].device):
+            return getattr(_triton(), name)(*args)
+
+    return launch
+
+
+for _name, _cpu in {
+    "grad_norm_sq": _cpu_grad_norm_sq,
+    "perturb_": _cpu_perturb_,
+    "adamw_l2sp_": _cpu_adamw_l2sp_,
+    "digit_histogram": _cpu_digit_histogram,
+    "write_mask_": _cpu_write_mask_,
+}.items():
+    _library.impl(_name, _cpu, "CPU")
+    _library.impl(_name, _on_gpu(_name), "CUDA")
+
+
+@torch.library.register_fake("fsam_triton::grad_norm_sq")
+def _(grad, weight, mask):
+    return grad.new_empty((), dtype=torch.float64)
+
+
+@torch.library.register_fake("fsam_triton::perturb_")
+@torch.library.register_fake("fsam_triton::adamw_l2sp_")
+def _(*args):
+    return None
+
+
+@torch.library.register_fake("fsam_triton::digit_histogram")
+def _(values, prefix, shift, bits, wide):
+    return values.new_empty(1 << bits, dtype=torch.int64)
+
+
+@torch.library.register_fake("fsam_triton::write_mask_")
+def _(mask, values, threshold, quota, wide):
+    return torch.empty_like(quota)

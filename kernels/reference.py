@@ -1,0 +1,284 @@
+"""The passes in plain PyTorch: the oracle the kernels are tested against, and what torch.compile makes the CPU backend of.
+
+Every tensor is flat; the element-wise passes also take whole words as rows, [n / 32, 32]. A mask is int32 words, bit
+i % 32 of word i // 32 for element i.
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK = 16384
+_WEYL = 0x9E3779B1 - (1 << 32)
+_MIX = 0x2C1B3C6D
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type a pass computes in: fp64 for fp64 weights, fp32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def random_bits(like: Tensor, key: Tensor) -> Tensor:
+    """32 random bits for each element of `like`, as int32; see `rounding.random_bits`. key: scalar in [0, 2**32)."""
+    index = torch.arange(like.numel(), dtype=torch.int32, device=key.device).view(like.shape)
+    x = index * _WEYL + key.to(torch.int64).to(torch.int32)
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    return x * _MIX
+
+
+def high_half(bits: Tensor) -> Tensor:
+    """Upper 16 of 32 random bits, as int32 in [-32768, 32768)."""
+    return bits >> 16
+
+
+def low_half(bits: Tensor) -> Tensor:
+    """16 bits that do not depend on `high_half(bits)`, as int32 in [-32768, 32768)."""
+    return ((bits ^ (bits >> 16)) << 16) >> 16
+
+
+def stochastic_round(x: Tensor, rand: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 `x` rounded stochastically to a value `dtype` (bf16 or fp16) can hold; see `rounding.stochastic_round`.
+
+    Float operations alone: under torch.compile on CPU a look at the bits of a computed value costs several times as much.
+    """
+    # The power of two below |x|, with the sign of x (Rump, "Error estimation of floating-point summation", 2009, alg. 3).
+    q = x * float(2**23 + 1)
+    binade = q - q * (1 - 2.0**-24)
+    if dtype == torch.bfloat16:
+        step, rand = binade * 2.0**-7, rand | 1
+    else:
+        # fp16 has 10 bits after the leading one, and steps of 2**-24 where it is subnormal.
+        step, rand = (binade * 2.0**-10).abs().clamp(min=2.0**-24), (rand >> 3) | 1
+    noise = rand.to(torch.float32) * (2.0**-16 if dtype == torch.bfloat16 else 2.0**-13)
+    shift = step * (1.5 * 2**23)
+    y = (x + step * noise + shift) - shift
+    if dtype == torch.float16:
+        y = y.clamp(-65504.0, 65504.0)
+    return torch.where(x.abs() < 2.0**100, y, x)
+
+
+def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """Mask words as booleans in the shape of `like`: [n], or the same elements as [..., 32] for words [...]."""
+    lane = torch.arange(32, dtype=torch.int32, device=mask.device)
+    bits = ((mask[..., None] >> lane) & 1) != 0
+    return bits if like.dim() > 1 else bits.view(-1)[: like.numel()]
+
+
+def pack_mask(bits: Tensor) -> Tensor:
+    """Booleans as mask words; the inverse of `unpack_mask`, with zeros after the end."""
+    bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 32)).view(-1, 32)
+    lane = torch.arange(32, dtype=torch.int32, device=bits.device)
+    return (bits.to(torch.int32) << lane).sum(1, dtype=torch.int32)
+
+
+def grad_norm_sq(grad: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Sum of (s g)^2 with s = |w| (ASAM, arXiv 2102.11600) if weights are given, else 1.
+
+    Args:
+        grad: gradient, fp16/bf16/fp32/fp64 [n].
+        weight: weights, same type [n], or None.
+        mask: int32 [ceil(n / 32)], sum over these coordinates only, or None for all.
+
+    Returns:
+        fp64 scalar; inf or NaN if and only if a counted term is (or the sum overflows fp32).
+    """
+    whole = grad.numel() // CHUNK * CHUNK
+    total = torch.zeros((), dtype=torch.float64, device=grad.device)
+    for start, stop in ((0, whole), (whole, grad.numel())):
+        if start < stop:
+            total += chunk_sums(*chunk_views(grad, weight, mask, start, stop)).sum(dtype=torch.float64)
+    return total
+
+
+def chunk_views(
+    grad: Tensor, weight: Tensor | None, mask: Tensor | None, start: int, stop: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Elements start to stop in the shape `chunk_sums` takes: whole chunks as rows of words, anything else as one row."""
+    shape = (1, stop - start) if (stop - start) % CHUNK else ((stop - start) // CHUNK, CHUNK // 32, 32)
+    words = (1, (stop - start + 31) // 32) if (stop - start) % CHUNK else shape[:2]
+    return (
+        grad[start:stop].view(shape),
+        None if weight is None else weight[start:stop].view(shape),
+        None if mask is None else mask[start // 32 : (stop + 31) // 32].view(words),
+    )
+
+
+def chunk_sums(grad: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Row sums of (s g)^2 where the mask is set; [rows, words, 32] with mask words [rows, words], or [1, n]."""
+    x = grad.to(compute_dtype(grad.dtype))
+    if weight is not None:
+        x = x * weight.to(x.dtype)
+    if mask is not None:
+        bits = unpack_mask(mask, grad) if grad.dim() > 2 else unpack_mask(mask[0], grad[0])[None]
+        x = torch.where(bits, x, 0.0)
+    return (x * x).flatten(1).sum(1)
+
+
+def perturb_(
+    weight: Tensor,
+    grad: Tensor,
+    backup: Tensor | None,
+    master: Tensor | None,
+    mask: Tensor | None,
+    coef: Tensor,
+    adaptive: bool,
+    stochastic: bool,
+    zero_grad: bool,
+) -> None:
+    """w <- round(w + scale * s * g), s = w^2 (ASAM, arXiv 2102.11600 eq. 9) or 1 (SAM, arXiv 2010.01412 eq. 2).
+
+    A scale of zero leaves the weights as they are, whatever the gradient holds.
+
+    Args:
+        weight: weights [n]; written.
+        grad: gradient, same type [n]; set to zero if zero_grad.
+        backup: same type [n], gets the clean weights, or None.
+        master: fp32 [n], of which the clean weights are the rounding, or None.
+        mask: int32 [ceil(n / 32)], only these coordinates move, or None for all.
+        coef: fp64 [2]: scale = rho / norm, key of the random numbers in [0, 2**32).
+        adaptive: ASAM's scaling.
+        stochastic: round 16-bit weights stochastically.
+        zero_grad: whether to clear the gradient.
+    """
+    if backup is not None:
+        # Must stand first: torch.compile writes mutated inputs back in the order of their first use, and after the
+        # weights this would copy the perturbed ones.
+        backup.copy_(weight if master is None else master)
+    w = weight if master is None else master.to(weight.dtype)
+    w = w.to(compute_dtype(weight.dtype))
+    scale = coef[0].to(w.dtype)
+    eps = scale * grad.to(w.dtype)
+    if adaptive:
+        eps = eps * (w * w)
+    moved = eps.abs() < float("inf")
+    if mask is not None:
+        moved = moved & unpack_mask(mask, weight)
+    w = w + torch.where(moved, eps, 0.0)
+    if stochastic and weight.element_size() == 2:
+        w = stochastic_round(w, high_half(random_bits(weight, coef[1])), weight.dtype)
+    weight.copy_(w)
+    if zero_grad:
+        grad.zero_()
+
+
+def adamw_l2sp_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    backup: Tensor | None,
+    master: Tensor | None,
+    anchor: Tensor | None,
+    coef: Tensor,
+    stochastic: bool,
+    zero_grad: bool,
+) -> None:
+    """AdamW (arXiv 1711.05101, algorithm 2) from the clean weights, decaying to zero or to an anchor (L2-SP, 1802.01483).
+
+    g <- factor * g
+    m <- m + (1 - beta1) (g - m);  v <- beta2 v + (1 - beta2) g^2
+    w <- w - decay (w - anchor) - step_size * m / (sqrt(v) * inv_sqrt_bias2 + eps)
+
+    A coordinate whose scaled gradient or its square is not finite is only restored; a factor of NaN skips the whole
+    update.
+
+    Args:
+        weight: weights [n]; written, and read unless a backup or a master is given.
+        grad: gradient, same type [n]; set to zero if zero_grad.
+        exp_avg, exp_avg_sq: moments, one float type [n]; written.
+        max_exp_avg_sq: running maximum of exp_avg_sq, same type [n] (AMSGrad), or None.
+        backup: clean weights, the weights' type [n], or None.
+        master: fp32 clean weights [n]; written; or None.
+        anchor: anchors, the weights' type [n], or None to decay to zero.
+        coef: fp64 [9]: factor, decay, 1 - beta1, beta2, 1 - beta2, step_size, inv_sqrt_bias2, eps, key.
+        stochastic: round 16-bit weights and second moments stochastically, where there is no master.
+        zero_grad: whether to clear the gradient.
+    """
+    c = coef.to(compute_dtype(weight.dtype))
+    old_w = (master if master is not None else backup if backup is not None else weight).to(c.dtype)
+    g = grad.to(c.dtype) * c[0]
+    old_m, old_v = exp_avg.to(c.dtype), exp_avg_sq.to(c.dtype)
+
+    m = old_m + c[2] * (g - old_m)
+    v = c[3] * old_v + c[4] * (g * g)
+    update = v < float("inf")
+    w = old_w * (1.0 - c[1]) if anchor is None else old_w - c[1] * (old_w - anchor.to(c.dtype))
+    top = v if max_exp_avg_sq is None else torch.maximum(max_exp_avg_sq.to(c.dtype), v)
+    denom = top.sqrt() * c[6] + c[7]
+    w = w - c[5] * torch.where(denom > 0, m / denom, 0.0)
+
+    w = torch.where(update, w, old_w)
+    v = torch.where(update, v, old_v)
+    exp_avg.copy_(torch.where(update, m, old_m))
+    if max_exp_avg_sq is not None:
+        top = torch.where(update, top, max_exp_avg_sq.to(c.dtype))
+    if master is not None:
+        master.copy_(w)
+    elif stochastic and weight.element_size() == 2:
+        bits = random_bits(weight, coef[8])
+        w = stochastic_round(w, high_half(bits), weight.dtype)
+        if exp_avg_sq.element_size() == 2:
+            v = stochastic_round(v, low_half(bits), exp_avg_sq.dtype)
+            top = stochastic_round(top, low_half(bits), exp_avg_sq.dtype)
+    exp_avg_sq.copy_(v)
+    if max_exp_avg_sq is not None:
+        max_exp_avg_sq.copy_(top)
+    weight.copy_(w)
+    if zero_grad:
+        grad.zero_()
+
+
+def magnitude_key(values: Tensor, wide: bool) -> Tensor:
+    """Integers in the order of |values|: the bit pattern as fp32 (int32) or, if wide, fp64 (int64); a NaN is smallest."""
+    if wide:
+        key = values.double().view(torch.int64) & 0x7FFFFFFFFFFFFFFF
+        return torch.where(key > 0x7FF0000000000000, 0, key)
+    if values.dtype == torch.bfloat16:
+        key = (values.view(torch.int16).to(torch.int32) & 0x7FFF) << 16
+    else:
+        key = values.float().view(torch.int32) & 0x7FFFFFFF
+    return torch.where(key > 0x7F800000, 0, key)
+
+
+def digit_histogram(values: Tensor, prefix: Tensor, shift: int, bits: int, wide: bool) -> Tensor:
+    """How many keys agree with `prefix` above the digit, by the value of the digit.
+
+    Args:
+        values: floats [n]; their keys are `magnitude_key(values, wide)`.
+        prefix: int64 scalar, the digits of the wanted key found so far.
+        shift: position of the digit's lowest bit.
+        bits: width of the digit.
+        wide: whether keys have 63 bits instead of 31.
+
+    Returns:
+        int64 [2**bits].
+    """
+    hist = torch.zeros(1 << bits, dtype=torch.int64, device=values.device)
+    for chunk in values.split(1 << 20):
+        key = magnitude_key(chunk, wide)
+        same = (key >> (shift + bits)) == (prefix >> (shift + bits))
+        hist += torch.bincount((key[same] >> shift) & ((1 << bits) - 1), minlength=1 << bits)
+    return hist
+
+
+def write_mask_(mask: Tensor, values: Tensor, threshold: Tensor, quota: Tensor, wide: bool) -> Tensor:
+    """Bit i of the mask = key_i > threshold, or key_i == threshold and one of the first `quota` such elements.
+
+    Args:
+        mask: int32 [ceil(n / 32)]; written, bits past n as zero.
+        values: floats [n].
+        threshold: int64 scalar, a key.
+        quota: int64 scalar, how many ties may be taken.
+        wide: whether keys have 63 bits instead of 31.
+
+    Returns:
+        int64 scalar, the quota that is left.
+    """
+    for i in range(0, values.numel(), 1 << 20):
+        key = magnitude_key(values[i : i + (1 << 20)], wide)
+        tie = key == threshold
+        taken = tie & (tie.cumsum(0) <= quota)
+        words = pack_mask(taken | (key > threshold))
+        mask[i // 32 : i // 32 + words.numel()] = words
+        quota = (quota - tie.sum()).clamp(min=0)
+    return quota.clone()
