@@ -5,6 +5,7 @@ Arguments and results are described in `fsam_triton.kernels.reference`, which ha
 """
 
 import functools
+import threading
 import types
 import warnings
 from collections.abc import Callable
@@ -118,17 +119,55 @@ def _cpu_grad_norm_sq(grad: Tensor, weight: Tensor | None, mask: Tensor | None) 
     return total
 
 
+# Elements whose noise is made at a time, so that it is still in the cache when the pass reads it.
+_NOISE_CHUNK = 1 << 20
+_WEYL = 0x9E3779B1
+_scratch = threading.local()
+
+
+def _noise(n: int, start: int, key: Tensor, dtype: torch.dtype, both: bool) -> tuple[Tensor, Tensor | None]:
+    """Noise of n elements from `start` on, in memory that the next call uses again."""
+    if not hasattr(_scratch, "noise"):
+        _scratch.noise = torch.empty(2, _NOISE_CHUNK // reference.COLUMNS, reference.COLUMNS)
+        _scratch.columns = reference.counters(reference.COLUMNS)
+    rows = -(-n // reference.COLUMNS)
+    first, second = _scratch.noise[0, :rows], _scratch.noise[1, :rows] if both else None
+    here = (key.to(torch.int64) + start * _WEYL) & 0xFFFFFFFF
+    _run_compiled(reference.noise_, first, second, here, _scratch.columns, dtype)
+    return first.view(-1)[:n], second.view(-1)[:n] if both else None
+
+
+def _slices(start: int, stop: int, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t[start:stop] for t in tensors]
+
+
 def _cpu_perturb_(weight, grad, backup, master, mask, coef, adaptive, stochastic, zero_grad) -> None:
     if interpreting():
         return _triton().perturb_(weight, grad, backup, master, mask, coef, adaptive, stochastic, zero_grad)
-    weight, grad, backup, master = _words_as_rows(mask, weight, grad, backup, master)
-    _run_compiled(reference.perturb_, weight, grad, backup, master, mask, coef, adaptive, stochastic, zero_grad)
+    n, dtype = weight.numel(), weight.dtype
+    noisy = stochastic and weight.element_size() == 2 and _can_compile()
+    for start in range(0, n, _NOISE_CHUNK if noisy else max(n, 1)):
+        stop = min(start + _NOISE_CHUNK, n) if noisy else n
+        noise = _noise(stop - start, start, coef[1], dtype, both=False)[0] if noisy else None
+        words = None if mask is None else mask[start // 32 : (stop + 31) // 32]
+        flat = _slices(start, stop, weight, grad, backup, master)
+        *flat, noise = _words_as_rows(words, *flat, noise)
+        _run_compiled(reference.perturb_, *flat, words, coef, adaptive, stochastic, zero_grad, noise)
 
 
 def _cpu_adamw_l2sp_(*args) -> None:
     if interpreting():
         return _triton().adamw_l2sp_(*args)
-    _run_compiled(reference.adamw_l2sp_, *args)
+    *tensors, coef, stochastic, zero_grad = args
+    weight, exp_avg_sq, master = tensors[0], tensors[3], tensors[6]
+    n, dtype = weight.numel(), weight.dtype
+    noisy = stochastic and master is None and weight.element_size() == 2 and _can_compile()
+    for start in range(0, n, _NOISE_CHUNK if noisy else max(n, 1)):
+        stop = min(start + _NOISE_CHUNK, n) if noisy else n
+        both = exp_avg_sq.element_size() == 2
+        noise = _noise(stop - start, start, coef[8], dtype, both) if noisy else (None, None)
+        flat = _slices(start, stop, *tensors)
+        _run_compiled(reference.adamw_l2sp_, *flat, coef, stochastic, zero_grad, *noise)
 
 
 def _cpu_digit_histogram(*args) -> Tensor:

@@ -10,6 +10,9 @@ from torch import Tensor
 CHUNK = 16384
 _WEYL = 0x9E3779B1 - (1 << 32)
 _MIX = 0x2C1B3C6D
+# Row length of `noise_`, and how far its counter goes from row to row (mod 2**32, signed).
+COLUMNS = 1024
+_ROW_WEYL = (COLUMNS * _WEYL + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -17,12 +20,23 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def random_bits(like: Tensor, key: Tensor) -> Tensor:
-    """32 random bits for each element of `like`, as int32; see `rounding.random_bits`. key: scalar in [0, 2**32)."""
-    index = torch.arange(like.numel(), dtype=torch.int32, device=key.device).view(like.shape)
-    x = index * _WEYL + key.to(torch.int64).to(torch.int32)
+def _as_int32(key: Tensor) -> Tensor:
+    return key.to(torch.int64).to(torch.int32)
+
+
+def _mix(x: Tensor) -> Tensor:
     x = x ^ ((x >> 15) & 0x1FFFF)
     return x * _MIX
+
+
+def counters(n: int, device: torch.device | None = None) -> Tensor:
+    """The generator's counters of the first n elements, int32 [n]."""
+    return torch.arange(n, dtype=torch.int32, device=device) * _WEYL
+
+
+def random_bits(like: Tensor, key: Tensor) -> Tensor:
+    """32 random bits for each element of `like`, as int32; see `rounding.random_bits`. key: scalar in [0, 2**32)."""
+    return _mix(counters(like.numel(), key.device).view(like.shape) + _as_int32(key))
 
 
 def high_half(bits: Tensor) -> Tensor:
@@ -35,25 +49,54 @@ def low_half(bits: Tensor) -> Tensor:
     return ((bits ^ (bits >> 16)) << 16) >> 16
 
 
+def dither(rand: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integers in [-32768, 32768) as fp32 noise in (-1/2, 1/2): odd multiples of 2**-16 (bf16) or 2**-13 (fp16)."""
+    if dtype == torch.bfloat16:
+        return (rand | 1).to(torch.float32) * 2.0**-16
+    return ((rand >> 3) | 1).to(torch.float32) * 2.0**-13
+
+
 def stochastic_round(x: Tensor, rand: Tensor, dtype: torch.dtype) -> Tensor:
     """fp32 `x` rounded stochastically to a value `dtype` (bf16 or fp16) can hold; see `rounding.stochastic_round`.
 
-    Float operations alone: under torch.compile on CPU a look at the bits of a computed value costs several times as much.
+    Float operations alone: under torch.compile on CPU a look at the bits of a computed value costs several times more.
+
+    Args:
+        x: fp32.
+        rand: int32 in [-32768, 32768), or the noise that `dither` made of it.
+        dtype: bf16 or fp16.
     """
-    # The power of two below |x|, with the sign of x (Rump, "Error estimation of floating-point summation", 2009, alg. 3).
+    noise = rand if rand.is_floating_point() else dither(rand, dtype)
+    # The power of two below |x|, with the sign of x (Rump, "Error estimation of floating-point summation", alg. 3).
     q = x * float(2**23 + 1)
     binade = q - q * (1 - 2.0**-24)
-    if dtype == torch.bfloat16:
-        step, rand = binade * 2.0**-7, rand | 1
-    else:
-        # fp16 has 10 bits after the leading one, and steps of 2**-24 where it is subnormal.
-        step, rand = (binade * 2.0**-10).abs().clamp(min=2.0**-24), (rand >> 3) | 1
-    noise = rand.to(torch.float32) * (2.0**-16 if dtype == torch.bfloat16 else 2.0**-13)
+    # bf16 has 7 bits after the leading one and fp16 10; subnormals have the step of the smallest normal number.
+    digits, smallest = (7, 2.0**-133) if dtype == torch.bfloat16 else (10, 2.0**-24)
+    step = (binade * 2.0**-digits).abs().clamp(min=smallest)
     shift = step * (1.5 * 2**23)
     y = (x + step * noise + shift) - shift
     if dtype == torch.float16:
         y = y.clamp(-65504.0, 65504.0)
     return torch.where(x.abs() < 2.0**100, y, x)
+
+
+def noise_(first: Tensor, second: Tensor | None, key: Tensor, columns: Tensor, dtype: torch.dtype) -> None:
+    """Fill `first`, and `second` if given, fp32 [rows, COLUMNS], with the noise of as many elements for `dtype`.
+
+    The same numbers as `dither(high_half(random_bits(...)))` and of the low half, apart from the passes because, compiled
+    for CPU, counting and the way from integers to floats are several times faster in a loop of this shape.
+
+    Args:
+        first, second: written.
+        key: scalar in [0, 2**32).
+        columns: `counters(COLUMNS)`.
+        dtype: bf16 or fp16.
+    """
+    rows = torch.arange(first.shape[0], dtype=torch.int32, device=first.device) * _ROW_WEYL + _as_int32(key)
+    bits = _mix(columns + rows[:, None])
+    first.copy_(dither(high_half(bits), dtype))
+    if second is not None:
+        second.copy_(dither(low_half(bits), dtype))
 
 
 def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
@@ -123,6 +166,7 @@ def perturb_(
     adaptive: bool,
     stochastic: bool,
     zero_grad: bool,
+    noise: Tensor | None = None,
 ) -> None:
     """w <- round(w + scale * s * g), s = w^2 (ASAM, arXiv 2102.11600 eq. 9) or 1 (SAM, arXiv 2010.01412 eq. 2).
 
@@ -138,6 +182,7 @@ def perturb_(
         adaptive: ASAM's scaling.
         stochastic: round 16-bit weights stochastically.
         zero_grad: whether to clear the gradient.
+        noise: fp32 [n] from `noise_`, if it was made before.
     """
     if backup is not None:
         # Must stand first: torch.compile writes mutated inputs back in the order of their first use, and after the
@@ -154,7 +199,8 @@ def perturb_(
         moved = moved & unpack_mask(mask, weight)
     w = w + torch.where(moved, eps, 0.0)
     if stochastic and weight.element_size() == 2:
-        w = stochastic_round(w, high_half(random_bits(weight, coef[1])), weight.dtype)
+        rand = high_half(random_bits(weight, coef[1])) if noise is None else noise
+        w = stochastic_round(w, rand, weight.dtype)
     weight.copy_(w)
     if zero_grad:
         grad.zero_()
@@ -172,6 +218,8 @@ def adamw_l2sp_(
     coef: Tensor,
     stochastic: bool,
     zero_grad: bool,
+    w_noise: Tensor | None = None,
+    v_noise: Tensor | None = None,
 ) -> None:
     """AdamW (arXiv 1711.05101, algorithm 2) from the clean weights, decaying to zero or to an anchor (L2-SP, 1802.01483).
 
@@ -193,6 +241,7 @@ def adamw_l2sp_(
         coef: fp64 [9]: factor, decay, 1 - beta1, beta2, 1 - beta2, step_size, inv_sqrt_bias2, eps, key.
         stochastic: round 16-bit weights and second moments stochastically, where there is no master.
         zero_grad: whether to clear the gradient.
+        w_noise, v_noise: fp32 [n] from `noise_`, if it was made before.
     """
     c = coef.to(compute_dtype(weight.dtype))
     old_w = (master if master is not None else backup if backup is not None else weight).to(c.dtype)
@@ -215,11 +264,13 @@ def adamw_l2sp_(
     if master is not None:
         master.copy_(w)
     elif stochastic and weight.element_size() == 2:
-        bits = random_bits(weight, coef[8])
-        w = stochastic_round(w, high_half(bits), weight.dtype)
+        if w_noise is None:
+            bits = random_bits(weight, coef[8])
+            w_noise, v_noise = high_half(bits), low_half(bits)
+        w = stochastic_round(w, w_noise, weight.dtype)
         if exp_avg_sq.element_size() == 2:
-            v = stochastic_round(v, low_half(bits), exp_avg_sq.dtype)
-            top = stochastic_round(top, low_half(bits), exp_avg_sq.dtype)
+            v = stochastic_round(v, v_noise, exp_avg_sq.dtype)
+            top = stochastic_round(top, v_noise, exp_avg_sq.dtype)
     exp_avg_sq.copy_(v)
     if max_exp_avg_sq is not None:
         max_exp_avg_sq.copy_(top)

@@ -9,6 +9,8 @@ WEYL = 0x9E3779B1
 MIX = 0x2C1B3C6D
 _WEYL = tl.constexpr(WEYL)
 _MIX = tl.constexpr(MIX)
+_SMALLEST_BFLOAT16 = tl.constexpr(2.0**-133)
+_LARGE = tl.constexpr(2.0**100)
 
 
 @triton.jit
@@ -54,22 +56,21 @@ def stochastic_round(x, rand, dtype: tl.constexpr):
         dtype: tl.bfloat16 or tl.float16.
 
     Returns:
-        fp32 tensor of values that `dtype` can hold, where |x| is in [2**-126, 2**100); others are left as they are.
+        fp32 tensor of values that `dtype` can hold, where |x| < 2**100; others are left as they are.
     """
     binade = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     if dtype == tl.bfloat16:
-        step = binade * 0.0078125
+        step = tl.maximum(binade * (1.0 / 128), _SMALLEST_BFLOAT16)
         noise = (rand | 1).to(tl.float32) * (1.0 / 65536)
     else:
         step = tl.maximum(binade * (1.0 / 1024), 1.0 / 16777216)
         noise = ((rand >> 3) | 1).to(tl.float32) * (1.0 / 8192)
     # Adding and subtracting 1.5 * 2**23 steps rounds to a multiple of the step.
-    step = tl.where(x < 0, -step, step) if dtype == tl.bfloat16 else step
     shift = step * 12582912.0
     y = (x + step * noise + shift) - shift
     if dtype == tl.float16:
         y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
-    return tl.where(tl.abs(x) < 1267650600228229401496703205376.0, y, x)
+    return tl.where(tl.abs(x) < _LARGE, y, x)
 
 
 @triton.jit
