@@ -44,7 +44,9 @@ def measure(dtype: torch.dtype, rounds: int, shapes: list[tuple[int, ...]]) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
+    )
     parser.add_argument("--rounds", type=int, default=10, help="how often each implementation is timed")
     parser.add_argument("--fraction", type=float, default=1.0, help="use only this fraction of the tensors")
     args = parser.parse_args()

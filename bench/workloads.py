@@ -72,8 +72,8 @@ def sam_steps(dtype: torch.dtype, shapes: Iterable[tuple[int, ...]]) -> dict[str
     def ours(**arguments) -> Callable[[], None]:
         params = make_parameters(shapes, dtype)
         optimizer = FSAM(params, lr=1e-5, rho=0.05, **arguments)
-        for p in params:
-            optimizer._buckets[0]._collect_one(next(i for i, q in enumerate(params) if q is p), p)
+        optimizer.step()
+        # Views of the flat gradient now, as a backward pass leaves them.
         grads = [p.grad for p in params]
 
         def step() -> None:

@@ -31,35 +31,37 @@ def check(ok: bool, name: str, value: object, allowed: str) -> None:
 class AdamWL2SP(Optimizer):
     r"""AdamW (arXiv 1711.05101) with the decoupled L2-SP penalty (arXiv 1802.01483), fused over flat buffers.
 
-    In a parameter group with ``l2_sp > 0`` a parameter with an anchor is pulled to it, ``w -= lr * l2_sp * (w - anchor)``;
-    one without (a novel one, a new classifier say) and every parameter of other groups decays to zero,
-    ``w -= lr * weight_decay * w``. Then Adam, exactly as :class:`torch.optim.AdamW`, whose state dicts it reads and writes.
+    In a parameter group with ``l2_sp > 0`` a parameter with an anchor is pulled to it,
+    ``w -= lr * l2_sp * (w - anchor)``; one without (a novel one, a new classifier say) and every parameter of other
+    groups decays to zero, ``w -= lr * weight_decay * w``. Then Adam, exactly as :class:`torch.optim.AdamW`, whose state
+    dicts it reads and writes.
 
-    The parameters become views of flat buffers (``p.data`` is re-pointed), so move and cast the model first. A coordinate
-    whose gradient is not finite keeps its weight and moments.
+    The parameters become views of flat buffers (``p.data`` is re-pointed), so move and cast the model first. A
+    coordinate whose gradient is not finite keeps its weight and moments.
 
     Args:
-        params: ``model.parameters()``, ``model.named_parameters()`` or parameter groups (dicts), in which every argument
-            marked (group) may stand too. Floating point, dense.
+        params: ``model.parameters()``, ``model.named_parameters()`` or parameter groups (dicts), in which every
+            argument marked (group) may stand too. Floating point, dense.
         lr: learning rate, a float or a tensor of one element (group; default: 1e-3).
         betas: decay rates of the first and second moment, each in [0, 1) (group; default: (0.9, 0.999)).
         eps: added to the denominator, >= 0 (group; default: 1e-8).
         weight_decay: decay to zero where there is no anchor, >= 0 (group; default: 1e-2).
         amsgrad: use the maximum of the second moments (group; default: False).
         l2_sp: decay to the anchor, >= 0 (group; default: 0, no anchors are kept).
-        anchors: ``"initial"``, the values at construction, or a mapping of parameter names to tensors of their shapes, for
-            which ``params`` must carry names; parameters it does not name are novel (default: ``"initial"``).
+        anchors: ``"initial"``, the values at construction, or a mapping of parameter names to tensors of their shapes,
+            for which ``params`` must carry names; parameters it does not name are novel (default: ``"initial"``).
         maximize: maximize the objective (group; default: False).
         max_grad_norm: clip the global gradient norm to this, > 0, as ``clip_grad_norm_`` does; a step whose norm is not
             finite is skipped altogether (default: None, no clipping).
         master_weights: keep fp32 copies of fp16 and bf16 parameters, and fp32 moments (default: False).
         stochastic_rounding: without master weights, round 16-bit weights and second moments stochastically; to nearest,
             small updates would be lost (default: True).
-        flatten: move parameters into one buffer; False leaves them in place, at a launch for each (group; default: True).
-        static_grads: keep ``p.grad`` the same tensors for ever (CUDA graphs): consumed gradients are zeroed by the kernel
-            that reads them, and `zero_grad` never sets None (default: False).
+        flatten: move parameters into one buffer; False leaves them in place, at a launch for each (group; default:
+            True).
+        static_grads: keep ``p.grad`` the same tensors for ever (CUDA graphs): consumed gradients are zeroed by the
+            kernel that reads them, and `zero_grad` never sets None (default: False).
         seed: of the stochastic rounding (default: 0).
-        foreach, capturable, fused: accepted because torch.optim.AdamW takes them; steps always are fused and capturable.
+        foreach, capturable, fused: accepted because torch.optim.AdamW takes them; every step is fused and capturable.
 
     Raises:
         ValueError: an argument is out of its range, a parameter is complex, integer or sparse, an anchor does not fit.
@@ -74,8 +76,8 @@ class AdamWL2SP(Optimizer):
         >>> optimizer.zero_grad()
     """
 
-    # torch.amp.GradScaler then always calls `step` and passes `grad_scale` and `found_inf`, so that a step with an overflow
-    # is skipped on the device, after the restore.
+    # torch.amp.GradScaler then always calls `step` and passes `grad_scale` and `found_inf`, so that a step with an
+    # overflow is skipped on the device, after the restore.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -237,8 +239,8 @@ class AdamWL2SP(Optimizer):
         """Clear the gradients.
 
         Args:
-            set_to_none: set them to None, which is fastest; if False they stay the same tensors and become zero. In both
-                cases a parameter that gets no gradient afterwards is left alone by `step`. With `static_grads` this is
+            set_to_none: set them to None, which is fastest; if False they stay the same tensors and become zero. Either
+                way a parameter that gets no gradient afterwards is left alone by `step`. With `static_grads` this is
                 always False.
         """
         for bucket in self._buckets:
@@ -313,7 +315,8 @@ class AdamWL2SP(Optimizer):
         group = bucket.group
         if group["l2_sp"] != 0 and self.anchors == "initial" and "anchor" not in bucket.lanes:
             raise ValueError(
-                f"l2_sp was 0 when the optimizer was made, so no anchors were kept; it cannot become {group['l2_sp']!r} later"
+                "l2_sp was 0 when the optimizer was made, so no anchors were kept; "
+                f"it cannot become {group['l2_sp']!r} later"
             )
         rate = group["l2_sp"] if "anchor" in bucket.lanes else group["weight_decay"]
         return (group["lr"], *group["betas"], group["eps"], rate, -1.0 if group["maximize"] else 1.0)
@@ -381,8 +384,8 @@ class AdamWL2SP(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state in torch.optim.AdamW's form: per parameter `step`, `exp_avg`, `exp_avg_sq` (`max_exp_avg_sq`).
 
-        `master`, `anchor`, and FSAM's `mask` and `fisher`, are there too where they are in use. Tensors are views of the
-        live buffers, as with torch.optim; a perturbation shows in none of them.
+        `master`, `anchor`, and FSAM's `mask` and `fisher`, are there too where they are in use. Tensors are views of
+        the live buffers, as with torch.optim; a perturbation shows in none of them.
         """
         for bucket in self._buckets:
             self._publish(bucket)
@@ -478,7 +481,8 @@ class AdamWL2SP(Optimizer):
     _ARGUMENTS = ("anchors", "max_grad_norm", "master_weights", "stochastic_rounding", "static_grads", "seed")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Called by copy and pickle alone: the copied parameters lie in memory of their own and are moved into new buffers.
+        # Called by copy and pickle alone: the copied parameters lie in memory of their own and are moved into new
+        # buffers.
         state = dict(state)
         entries, known = state.pop("entries"), state.pop("known")
         self.__dict__.update(state.pop("arguments"))

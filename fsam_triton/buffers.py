@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from .kernels.reference import CHUNK
 
-# Every parameter starts on a 128-byte boundary (vector loads, TMA and cuBLAS want aligned weights) and on a word of a mask.
+# Every parameter starts on a 128-byte boundary (vector loads, TMA and cuBLAS want it) and on a word of a mask.
 _ALIGN_BYTES = 128
 _ALIGN_ELEMENTS = 32
 
@@ -19,9 +19,9 @@ _ALIGN_ELEMENTS = 32
 class Bucket:
     """The flat buffers of parameters that share a parameter group, device and dtype.
 
-    Buffers have one layout: parameter i takes `numel` elements from `offsets[i]`, in its own strides; gaps and tail hold
-    zeros. A view of one parameter's part is a tensor with a storage of its own extent, so that saving it does not save
-    the whole buffer.
+    Buffers have one layout: parameter i takes `numel` elements from `offsets[i]`, in its own strides; gaps and tail
+    hold zeros. A view of one parameter's part is a tensor with a storage of its own extent, so that saving it does not
+    save the whole buffer.
 
     Attributes:
         params: the parameters.
@@ -151,8 +151,8 @@ class Bucket:
             if p.data_ptr() != self._pointers[i] or p.dtype != self.dtype:
                 raise RuntimeError(
                     f"parameter {self.name(i)} was moved or replaced after the optimizer was made "
-                    f"(now {tuple(p.shape)}, {p.dtype}, {p.device}): move or cast the model first, then make the optimizer, "
-                    "and use only one optimizer for a parameter"
+                    f"(now {tuple(p.shape)}, {p.dtype}, {p.device}): move or cast the model first, then make the "
+                    "optimizer, and use only one optimizer for a parameter"
                 )
             grad = p.grad
             if grad is not None:
@@ -217,7 +217,7 @@ class Bucket:
         """The unperturbed weights: the parameters, their backup, or the master weights (to be rounded)."""
         if not self.perturbed:
             return self.weight
-        return self.lanes["master"] if "master" in self.lanes else self.backup
+        return self.lanes.get("master", self.backup)
 
     def restore(self) -> None:
         """Undo a perturbation, to the bit."""

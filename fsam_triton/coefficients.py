@@ -1,4 +1,4 @@
-"""The few numbers a pass needs, computed on the device: no pass waits for the host, and no value recompiles a kernel."""
+"""The few numbers a pass needs, computed on the device: no pass waits for the host, no value recompiles a kernel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HyperParameters:
         self._rows: dict[torch.device, Tensor] = {}
 
     def rows(self, values: Sequence[Sequence[float | Tensor]], device: torch.device) -> Tensor:
-        """`values` as fp64 [rows, columns]. A tensor among them (a learning rate, say) is copied without a host sync."""
+        """`values` as fp64 [rows, columns]. A tensor among them (a learning rate) is copied without a host sync."""
         plain = tuple(tuple(0.0 if isinstance(v, Tensor) else float(v) for v in row) for row in values)
         if plain != self._sent:
             self._sent, self._rows = plain, {}
@@ -60,7 +60,7 @@ def ascent(rho: Tensor, norm_sq: Tensor, key: Tensor) -> Tensor:
 
 
 def clip_factor(norm_sq: Tensor, inv_scale: Tensor | float, max_norm: float) -> tuple[Tensor, Tensor]:
-    """What to multiply gradients with so that their norm is at most max_norm (as `clip_grad_norm_`); whether to skip."""
+    """What to multiply gradients with to make their norm at most max_norm (as `clip_grad_norm_`); whether to skip."""
     norm = norm_sq.sqrt() * inv_scale
     return (max_norm / (norm + 1e-6)).clamp(max=1.0), ~torch.isfinite(norm)
 

@@ -27,8 +27,8 @@ class FSAM(AdamWL2SP):
     - ASAM (``adaptive=True``, arXiv 2102.11600): ``eps = rho * w^2 * g / (norm(abs(w) * g) + 1e-12)``
     - Fisher-SAM (``mask=FisherMask(...)``, arXiv 2210.05497): that eps on the mask and 0 elsewhere
 
-    Norms are over all parameter groups. `step` without a perturbation before it is plain AdamWL2SP, and so is a step whose
-    ascent gradient is zero or not finite, or whose rho is zero.
+    Norms are over all parameter groups. `step` without a perturbation before it is plain AdamWL2SP, and so is a step
+    whose ascent gradient is zero or not finite, or whose rho is zero.
 
     Args:
         params: as AdamWL2SP; a `FisherMask` wants ``model.named_parameters()``.
@@ -36,7 +36,8 @@ class FSAM(AdamWL2SP):
         rho: radius of the perturbation, >= 0 (group; default: 0.05).
         adaptive: ASAM's scaling (group; default: False).
         mask: which weights to perturb (default: None, all).
-        mask_norm: ``"all"``: norm over all coordinates, as published; ``"masked"``: over the perturbed ones, which makes
+        mask_norm: ``"all"``: norm over all coordinates, as published; ``"masked"``: over the perturbed ones, which
+            makes
             eps as long as rho (default: "all").
         **adamwl2sp: every other argument of AdamWL2SP.
 

@@ -20,15 +20,16 @@ DEFAULT_EXCLUDE = ("bias", "embed", "wte", "wpe", "norm", "ln_", "bn")
 class FisherMask:
     """Perturb only the weights with the largest diagonal empirical Fisher information (Fisher-SAM, arXiv 2210.05497).
 
-    The mask is chosen over all selectable tensors together: exactly ``int(keep_ratio * n)`` of their n weights, those with
-    the largest mean square of the ascent gradient, of equal ones the first.
+    The mask is chosen over all selectable tensors together: exactly ``int(keep_ratio * n)`` of their n weights, those
+    with the largest mean square of the ascent gradient, of equal ones the first.
 
     Args:
         keep_ratio: fraction of the selectable weights to perturb, in (0, 1].
         interval: choose anew every so many perturbations, beginning with the first; >= 1 (default: 1).
         exclude: tensors not to choose from, by parts of their names (case is ignored). Default: biases, embeddings and
             norm layers; if the optimizer was given no names, tensors with at most one dimension.
-        excluded: perturb those tensors ``"always"`` (as the reference implementation) or ``"never"`` (default: "always").
+        excluded: perturb those tensors ``"always"``, as the reference implementation does, or ``"never"`` (default:
+            ``"always"``).
         samples: average the squares over the last so many perturbations, from 1 to interval (the first mask knows only
             one). More than one takes one more buffer while they are added up (default: 1).
 
@@ -84,8 +85,8 @@ class FisherMask:
 def select_top_k(buckets: Sequence[Bucket], values: Sequence[Tensor], k: int) -> None:
     """Write the masks of the buckets: the k largest magnitudes over all of them, of equal ones the first.
 
-    A radix select: each pass counts the keys by one more digit and fixes that digit of the k-th largest. Nothing is sorted
-    and no index is stored.
+    A radix select: each pass counts the keys by one more digit and fixes that digit of the k-th largest. Nothing is
+    sorted and no index is stored.
 
     Args:
         buckets: their masks are written.

@@ -83,8 +83,8 @@ def _can_compile() -> bool:
 def _compiled(function: Callable[..., Any], variant: tuple) -> Callable[..., Any]:
     """`function` compiled for one combination of dtypes and flags.
 
-    Each combination gets a code object of its own, because torch.compile gives up on a code object that was compiled for
-    too many of them.
+    Each combination gets a code object of its own, because torch.compile gives up on a code object that was compiled
+    for too many of them.
     """
     if not _can_compile():
         return function
@@ -100,7 +100,7 @@ def _run_compiled(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _words_as_rows(mask: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """With a mask, flat tensors as [n / 32, 32]: then the compiled code reads one word a row instead of gathering bits."""
+    """With a mask, flat tensors as [n / 32, 32]: compiled code then reads one word a row instead of gathering bits."""
     if mask is None or tensors[0].numel() % 32:
         return tensors
     return tuple(None if t is None else t.view(-1, 32) for t in tensors)

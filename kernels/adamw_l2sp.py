@@ -29,7 +29,7 @@ def adamw_l2sp_kernel(
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """AdamW (arXiv 1711.05101, algorithm 2) from the clean weights, decaying to zero or to an anchor (L2-SP, 1802.01483).
+    """AdamW (arXiv 1711.05101, alg. 2) from the clean weights, decaying to zero or to an anchor (L2-SP, 1802.01483).
 
     g <- factor * g
     m <- m + (1 - beta1) (g - m);  v <- beta2 v + (1 - beta2) g^2

@@ -1,4 +1,4 @@
-"""The passes in plain PyTorch: the oracle the kernels are tested against, and what torch.compile makes the CPU backend of.
+"""The passes in plain PyTorch: the oracle of the kernels, and what torch.compile turns into the CPU backend.
 
 Every tensor is flat; the element-wise passes also take whole words as rows, [n / 32, 32]. A mask is int32 words, bit
 i % 32 of word i // 32 for element i.
@@ -83,8 +83,8 @@ def stochastic_round(x: Tensor, rand: Tensor, dtype: torch.dtype) -> Tensor:
 def noise_(first: Tensor, second: Tensor | None, key: Tensor, columns: Tensor, dtype: torch.dtype) -> None:
     """Fill `first`, and `second` if given, fp32 [rows, COLUMNS], with the noise of as many elements for `dtype`.
 
-    The same numbers as `dither(high_half(random_bits(...)))` and of the low half, apart from the passes because, compiled
-    for CPU, counting and the way from integers to floats are several times faster in a loop of this shape.
+    The same numbers as `dither(high_half(random_bits(...)))` and of the low half, apart from the passes because,
+    compiled for CPU, counting and the way from integers to floats are several times faster in a loop of this shape.
 
     Args:
         first, second: written.
@@ -135,7 +135,7 @@ def grad_norm_sq(grad: Tensor, weight: Tensor | None, mask: Tensor | None) -> Te
 def chunk_views(
     grad: Tensor, weight: Tensor | None, mask: Tensor | None, start: int, stop: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Elements start to stop in the shape `chunk_sums` takes: whole chunks as rows of words, anything else as one row."""
+    """Elements start to stop as `chunk_sums` takes them: whole chunks as rows of words, anything else as one row."""
     shape = (1, stop - start) if (stop - start) % CHUNK else ((stop - start) // CHUNK, CHUNK // 32, 32)
     words = (1, (stop - start + 31) // 32) if (stop - start) % CHUNK else shape[:2]
     return (
@@ -221,7 +221,7 @@ def adamw_l2sp_(
     w_noise: Tensor | None = None,
     v_noise: Tensor | None = None,
 ) -> None:
-    """AdamW (arXiv 1711.05101, algorithm 2) from the clean weights, decaying to zero or to an anchor (L2-SP, 1802.01483).
+    """AdamW (arXiv 1711.05101, alg. 2) from the clean weights, decaying to zero or to an anchor (L2-SP, 1802.01483).
 
     g <- factor * g
     m <- m + (1 - beta1) (g - m);  v <- beta2 v + (1 - beta2) g^2
@@ -280,7 +280,7 @@ def adamw_l2sp_(
 
 
 def magnitude_key(values: Tensor, wide: bool) -> Tensor:
-    """Integers in the order of |values|: the bit pattern as fp32 (int32) or, if wide, fp64 (int64); a NaN is smallest."""
+    """Integers in the order of |values|: the bits as fp32 (int32) or, if wide, fp64 (int64); a NaN is smallest."""
     if wide:
         key = values.double().view(torch.int64) & 0x7FFFFFFFFFFFFFFF
         return torch.where(key > 0x7FF0000000000000, 0, key)

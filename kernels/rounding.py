@@ -3,12 +3,10 @@
 import triton
 import triton.language as tl
 
-# Odd constants of the counter-based generator; `reference.random_bits` uses the same. The first is 2**32 over the golden
-# ratio, so that neighbouring counters start far apart; the second is the multiplier of the lowbias32 family.
-WEYL = 0x9E3779B1
-MIX = 0x2C1B3C6D
-_WEYL = tl.constexpr(WEYL)
-_MIX = tl.constexpr(MIX)
+# Odd constants of the counter-based generator, the same in `reference`: 2**32 over the golden ratio, so that
+# neighbouring counters start far apart, and the multiplier of the lowbias32 family.
+_WEYL = tl.constexpr(0x9E3779B1)
+_MIX = tl.constexpr(0x2C1B3C6D)
 _SMALLEST_BFLOAT16 = tl.constexpr(2.0**-133)
 _LARGE = tl.constexpr(2.0**100)
 
@@ -84,7 +82,8 @@ def _to_bfloat16(x):
 
 @triton.jit
 def round_to(x, rand, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Round `x` (fp32 or fp64) to `dtype`, to nearest even or, for a 16-bit type if STOCHASTIC, with `stochastic_round`.
+    """Round `x` (fp32 or fp64) to `dtype`, to nearest even or, for a 16-bit type if STOCHASTIC, with
+    `stochastic_round`.
 
     A plain cast of the interpreter truncates to bf16; this one rounds there as machine code does.
     """

@@ -15,9 +15,11 @@ def magnitude_key(x, WIDE: tl.constexpr):
     """Integers in the order of |x|: the bit pattern as fp32 (31 bits) or fp64 (63 bits if WIDE); a NaN is smallest."""
     if WIDE:
         key = x.to(tl.float64).to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+        key = tl.where(key > 0x7FF0000000000000, 0, key)
     else:
         key = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.where(x == x, key, 0)
+        key = tl.where(key > 0x7F800000, 0, key)
+    return key
 
 
 @triton.jit
