@@ -16,10 +16,10 @@ PASSES = {
     "grad_norm_sq": lambda p, t: p.grad_norm_sq(t["grad"], None, None),
     "grad_norm_sq masked": lambda p, t: p.grad_norm_sq(t["grad"], None, t["mask"]),
     "perturb_": lambda p, t: p.perturb_(
-        t["weight"], t["grad"], t["backup"], None, None, ASCENT, False, t["stochastic"], False
+        t["weight"], t["grad"], t["backup"], None, ASCENT, False, t["stochastic"], False
     ),
     "perturb_ masked": lambda p, t: p.perturb_(
-        t["weight"], t["grad"], t["backup"], None, t["mask"], ASCENT, False, t["stochastic"], False
+        t["weight"], t["grad"], t["backup"], t["mask"], ASCENT, False, t["stochastic"], False
     ),
     "adamw_l2sp_": lambda p, t: p.adamw_l2sp_(
         t["weight"], t["grad"], t["m"], t["v"], None, t["backup"], None, None, DESCENT, t["stochastic"], False

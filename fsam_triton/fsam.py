@@ -37,8 +37,7 @@ class FSAM(AdamWL2SP):
         adaptive: ASAM's scaling (group; default: False).
         mask: which weights to perturb (default: None, all).
         mask_norm: ``"all"``: norm over all coordinates, as published; ``"masked"``: over the perturbed ones, which
-            makes
-            eps as long as rho (default: "all").
+            makes eps as long as rho (default: ``"all"``).
         **adamwl2sp: every other argument of AdamWL2SP.
 
     Raises:
@@ -171,14 +170,12 @@ class FSAM(AdamWL2SP):
         return out
 
     def _perturb_bucket(self, bucket: Bucket, coef: Tensor) -> None:
-        master = bucket.lanes.get("master")
-        if master is None and bucket.backup is None:
+        if "master" not in bucket.lanes and bucket.backup is None:
             bucket.backup = torch.empty_like(bucket.weight)
         ops.perturb_(
             bucket.weight,
             bucket.grad,
             bucket.backup,
-            master,
             self._mask(bucket),
             coef,
             bucket.group["adaptive"],

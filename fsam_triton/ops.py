@@ -20,7 +20,7 @@ _library = torch.library.Library("fsam_triton", "DEF")
 
 _library.define("grad_norm_sq(Tensor grad, Tensor? weight, Tensor? mask) -> Tensor")
 _library.define(
-    "perturb_(Tensor(a!) weight, Tensor(b!) grad, Tensor(c!)? backup, Tensor? master, Tensor? mask, Tensor coef, "
+    "perturb_(Tensor(a!) weight, Tensor(b!) grad, Tensor(c!)? backup, Tensor? mask, Tensor coef, "
     "bool adaptive, bool stochastic, bool zero_grad) -> ()"
 )
 _library.define(
@@ -94,7 +94,12 @@ def _compiled(function: Callable[..., Any], variant: tuple) -> Callable[..., Any
 
 
 def _run_compiled(function: Callable[..., Any], *args: Any) -> Any:
-    variant = tuple((a.dtype, a.dim()) if isinstance(a, Tensor) else a for a in args)
+    variant = tuple((a.dtype, a.shape[1:]) if isinstance(a, Tensor) else a for a in args)
+    for a in args:
+        if isinstance(a, Tensor):
+            # Only the number of rows varies: the compiler unrolls what it knows.
+            for dim in range(1, a.dim()):
+                torch._dynamo.mark_static(a, dim)
     with torch.no_grad():
         return _compiled(function, variant)(*args)
 
@@ -141,16 +146,16 @@ def _slices(start: int, stop: int, *tensors: Tensor | None) -> list[Tensor | Non
     return [None if t is None else t[start:stop] for t in tensors]
 
 
-def _cpu_perturb_(weight, grad, backup, master, mask, coef, adaptive, stochastic, zero_grad) -> None:
+def _cpu_perturb_(weight, grad, backup, mask, coef, adaptive, stochastic, zero_grad) -> None:
     if interpreting():
-        return _triton().perturb_(weight, grad, backup, master, mask, coef, adaptive, stochastic, zero_grad)
+        return _triton().perturb_(weight, grad, backup, mask, coef, adaptive, stochastic, zero_grad)
     n, dtype = weight.numel(), weight.dtype
     noisy = stochastic and weight.element_size() == 2 and _can_compile()
     for start in range(0, n, _NOISE_CHUNK if noisy else max(n, 1)):
         stop = min(start + _NOISE_CHUNK, n) if noisy else n
         noise = _noise(stop - start, start, coef[1], dtype, both=False)[0] if noisy else None
         words = None if mask is None else mask[start // 32 : (stop + 31) // 32]
-        flat = _slices(start, stop, weight, grad, backup, master)
+        flat = _slices(start, stop, weight, grad, backup)
         *flat, noise = _words_as_rows(words, *flat, noise)
         _run_compiled(reference.perturb_, *flat, words, coef, adaptive, stochastic, zero_grad, noise)
 

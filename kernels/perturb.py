@@ -13,14 +13,12 @@ def perturb_kernel(
     weight_ptr,
     grad_ptr,
     backup_ptr,
-    master_ptr,
     mask_ptr,
     coef_ptr,
     n,
     ADAPTIVE: tl.constexpr,
     MASKED: tl.constexpr,
     BACKUP: tl.constexpr,
-    MASTER: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ZERO_GRAD: tl.constexpr,
     EVEN: tl.constexpr,
@@ -33,13 +31,12 @@ def perturb_kernel(
     Args:
         weight_ptr: weights, fp16/bf16/fp32/fp64, length n; written.
         grad_ptr: gradient, same type and length; zeroed if ZERO_GRAD.
-        backup_ptr: same type and length; written if BACKUP.
-        master_ptr: fp32 master weights, length n; if MASTER, w is round-to-nearest(master) and not read.
+        backup_ptr: same type and length; written if BACKUP (not needed where there are master weights).
         mask_ptr: int32 words of 32 mask bits; if MASKED, only these coordinates move.
         coef_ptr: fp64 [2]: scale = rho / norm, key of the random numbers.
         n: number of elements; a multiple of BLOCK if EVEN.
 
-    Bytes per element: fp32 16 (read w, g; write w, backup); bf16 8; bf16 with fp32 master 8 (read master, g; write w).
+    Bytes per element: fp32 16 (read w, g; write w, backup); bf16 8; bf16 with a master, which is its backup, 6.
     """
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
@@ -49,10 +46,7 @@ def perturb_kernel(
     weight_ptr += start
     grad_ptr += start
 
-    if MASTER:
-        w = round_to(tl.load(master_ptr + start + offs, mask=inside), None, dtype, False)
-    else:
-        w = tl.load(weight_ptr + offs, mask=inside)
+    w = tl.load(weight_ptr + offs, mask=inside)
     if BACKUP:
         tl.store(backup_ptr + start + offs, w, mask=inside)
     scale = tl.load(coef_ptr).to(compute)
@@ -79,7 +73,6 @@ def perturb_(
     weight: torch.Tensor,
     grad: torch.Tensor,
     backup: torch.Tensor | None,
-    master: torch.Tensor | None,
     mask: torch.Tensor | None,
     coef: torch.Tensor,
     adaptive: bool,
@@ -94,14 +87,12 @@ def perturb_(
         weight,
         grad,
         backup,
-        master,
         mask,
         coef,
         n,
         ADAPTIVE=adaptive,
         MASKED=mask is not None,
         BACKUP=backup is not None,
-        MASTER=master is not None,
         STOCHASTIC=stochastic and weight.element_size() == 2,
         ZERO_GRAD=zero_grad,
         EVEN=n % ALIGNED == 0,

@@ -135,9 +135,11 @@ def grad_norm_sq(grad: Tensor, weight: Tensor | None, mask: Tensor | None) -> Te
 def chunk_views(
     grad: Tensor, weight: Tensor | None, mask: Tensor | None, start: int, stop: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Elements start to stop as `chunk_sums` takes them: whole chunks as rows of words, anything else as one row."""
-    shape = (1, stop - start) if (stop - start) % CHUNK else ((stop - start) // CHUNK, CHUNK // 32, 32)
-    words = (1, (stop - start + 31) // 32) if (stop - start) % CHUNK else shape[:2]
+    """Elements start to stop as `chunk_sums` takes them: whole chunks as rows, anything else as one row."""
+    rows = 1 if (stop - start) % CHUNK else (stop - start) // CHUNK
+    columns = (stop - start) // rows
+    words = (rows, (columns + 31) // 32)
+    shape = (rows, columns) if mask is None or columns % 32 else (*words, 32)
     return (
         grad[start:stop].view(shape),
         None if weight is None else weight[start:stop].view(shape),
@@ -146,7 +148,7 @@ def chunk_views(
 
 
 def chunk_sums(grad: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Row sums of (s g)^2 where the mask is set; [rows, words, 32] with mask words [rows, words], or [1, n]."""
+    """Row sums of (s g)^2 where the mask is set; [rows, columns], or [rows, words, 32] with mask words [rows, words]."""
     x = grad.to(compute_dtype(grad.dtype))
     if weight is not None:
         x = x * weight.to(x.dtype)
@@ -160,7 +162,6 @@ def perturb_(
     weight: Tensor,
     grad: Tensor,
     backup: Tensor | None,
-    master: Tensor | None,
     mask: Tensor | None,
     coef: Tensor,
     adaptive: bool,
@@ -175,8 +176,7 @@ def perturb_(
     Args:
         weight: weights [n]; written.
         grad: gradient, same type [n]; set to zero if zero_grad.
-        backup: same type [n], gets the clean weights, or None.
-        master: fp32 [n], of which the clean weights are the rounding, or None.
+        backup: same type [n], gets the clean weights, or None (where master weights are the backup).
         mask: int32 [ceil(n / 32)], only these coordinates move, or None for all.
         coef: fp64 [2]: scale = rho / norm, key of the random numbers in [0, 2**32).
         adaptive: ASAM's scaling.
@@ -187,9 +187,8 @@ def perturb_(
     if backup is not None:
         # Must stand first: torch.compile writes mutated inputs back in the order of their first use, and after the
         # weights this would copy the perturbed ones.
-        backup.copy_(weight if master is None else master)
-    w = weight if master is None else master.to(weight.dtype)
-    w = w.to(compute_dtype(weight.dtype))
+        backup.copy_(weight)
+    w = weight.to(compute_dtype(weight.dtype))
     scale = coef[0].to(w.dtype)
     eps = scale * grad.to(w.dtype)
     if adaptive:

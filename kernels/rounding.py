@@ -82,8 +82,7 @@ def _to_bfloat16(x):
 
 @triton.jit
 def round_to(x, rand, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Round `x` (fp32 or fp64) to `dtype`, to nearest even or, for a 16-bit type if STOCHASTIC, with
-    `stochastic_round`.
+    """Round `x` (fp32 or fp64) to `dtype`: to nearest even, or 16-bit types if STOCHASTIC with `stochastic_round`.
 
     A plain cast of the interpreter truncates to bf16; this one rounds there as machine code does.
     """
