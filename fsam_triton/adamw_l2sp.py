@@ -445,7 +445,8 @@ class AdamWL2SP(Optimizer):
 
     def _load_entries(self, entries: Mapping[Parameter, Mapping[str, Any]]) -> None:
         self.state = defaultdict(dict)
-        self._allocate([(bucket, ()) for bucket in self._buckets if any(p in entries for p in bucket.params)])
+        updated = {p for p, entry in entries.items() if "exp_avg" in entry}
+        self._allocate([(bucket, ()) for bucket in self._buckets if not updated.isdisjoint(bucket.params)])
         for bucket in self._buckets:
             steps = []
             for i, p in enumerate(bucket.params):
@@ -461,7 +462,7 @@ class AdamWL2SP(Optimizer):
                     if name in entry:
                         bucket.lane(name, dtype)
                         bucket.lane_view(name, i).copy_(entry[name])
-                bucket.known[i] = "exp_avg" in entry
+                bucket.known[i] = p in updated
             bucket.steps.copy_(torch.tensor(steps))
             bucket.resync()
             bucket.remember_versions()

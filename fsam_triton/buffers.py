@@ -85,7 +85,8 @@ class Bucket:
             if p.requires_grad and p.is_leaf:
 
                 def collect(p: Tensor, i: int = i) -> None:
-                    if (own := bucket()) is not None:
+                    # A gradient with a graph (create_graph=True) is left to the user until the step.
+                    if (own := bucket()) is not None and not (p.grad.is_sparse or p.grad.requires_grad):
                         own._collect_one(i, p)
 
                 handles.append(p.register_post_accumulate_grad_hook(collect))
@@ -121,20 +122,21 @@ class Bucket:
     def grad(self) -> Tensor:
         """Flat gradient [size], made when the first gradient arrives."""
         if self._grad is None:
-            self._grad = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-            self._grad_views = [self.view(self._grad, i) for i in range(len(self.params))]
-            self._zero_versions = [view._version for view in self._grad_views]
+            self._make_grad()
         return self._grad
 
+    def _make_grad(self) -> None:
+        self._grad = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        self._grad_views = [self.view(self._grad, i) for i in range(len(self.params))]
+        self._zero_versions = [view._version for view in self._grad_views]
+
     def _collect_one(self, i: int, p: Tensor) -> None:
-        grad = p.grad
-        if grad is None or grad.requires_grad or grad.is_sparse:
-            return
-        _ = self.grad
+        if self._grad is None:
+            self._make_grad()
         view = self._grad_views[i]
-        if grad is not view:
+        if p.grad is not view:
             with torch.no_grad():
-                view.copy_(grad)
+                view.copy_(p.grad)
             p.grad = view
 
     def collect(self) -> tuple[bool, ...]:

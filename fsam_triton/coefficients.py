@@ -21,11 +21,12 @@ class HyperParameters:
 
     def rows(self, values: Sequence[Sequence[float | Tensor]], device: torch.device) -> Tensor:
         """`values` as fp64 [rows, columns]. A tensor among them (a learning rate) is copied without a host sync."""
-        plain = tuple(tuple(0.0 if isinstance(v, Tensor) else float(v) for v in row) for row in values)
+        plain = tuple(tuple(None if isinstance(v, Tensor) else float(v) for v in row) for row in values)
         if plain != self._sent:
             self._sent, self._rows = plain, {}
         if device not in self._rows:
-            host = torch.tensor(plain, dtype=torch.float64, pin_memory=device.type == "cuda")
+            numbers = [[0.0 if v is None else v for v in row] for row in plain]
+            host = torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda")
             self._rows[device] = host.to(device, non_blocking=True)
         rows = self._rows[device]
         for i, row in enumerate(values):

@@ -152,11 +152,19 @@ class FSAM(AdamWL2SP):
                 bucket.mark_grads_zeroed()
             bucket.drop_grads(keep_views=self.static_grads)
 
+    def _update(self) -> None:
+        try:
+            super()._update()
+        except BaseException:
+            self.restore()
+            raise
+
     def _moves(self, bucket: Bucket) -> bool:
         return self.mask is None or bucket.selectable or self.mask.excluded == "always"
 
     def _mask(self, bucket: Bucket, use: str = "masked") -> Tensor | None:
-        return bucket.lanes["mask"] if use == "masked" and self.mask is not None and bucket.selectable else None
+        chosen = use == "masked" and self.mask is not None and bucket.selectable
+        return bucket.lane("mask", torch.int32) if chosen else None
 
     def _ascent_coefficients(self, buckets: list[Bucket], norm_sq: Tensor) -> list[Tensor]:
         out: list[Tensor] = [torch.empty(0)] * len(buckets)
@@ -208,7 +216,7 @@ class FSAM(AdamWL2SP):
 
     @contextlib.contextmanager
     def perturbed_weights(self) -> Iterator[None]:
-        """Perturb inside the block from the gradients there are, restore at its end, also after an exception."""
+        """Perturb inside the block from the gradients there are (which are cleared), restore at its end in any case."""
         self.perturb()
         try:
             yield
@@ -221,7 +229,7 @@ class FSAM(AdamWL2SP):
 
     def second_step(self, zero_grad: bool = False) -> None:
         """`step`, by the name other SAM optimizers have for it, and `zero_grad` if asked."""
-        self._update()
+        self.step()
         if zero_grad:
             self.zero_grad()
 

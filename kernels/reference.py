@@ -148,7 +148,7 @@ def chunk_views(
 
 
 def chunk_sums(grad: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Row sums of (s g)^2 where the mask is set; [rows, columns], or [rows, words, 32] with mask words [rows, words]."""
+    """Row sums of (s g)^2 where the mask is set: [rows, columns], or [rows, words, 32] and a mask [rows, words]."""
     x = grad.to(compute_dtype(grad.dtype))
     if weight is not None:
         x = x * weight.to(x.dtype)
