@@ -445,6 +445,10 @@ class AdamWL2SP(Optimizer):
 
     def _load_entries(self, entries: Mapping[Parameter, Mapping[str, Any]]) -> None:
         self.state = defaultdict(dict)
+        for bucket in self._buckets:
+            # Weights that were loaded into the model before win over masters that are not in the loaded state.
+            bucket.adopt_changed_weights()
+            bucket.lanes.pop("fisher", None)
         updated = {p for p, entry in entries.items() if "exp_avg" in entry}
         self._allocate([(bucket, ()) for bucket in self._buckets if not updated.isdisjoint(bucket.params)])
         for bucket in self._buckets:

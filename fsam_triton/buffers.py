@@ -170,7 +170,7 @@ class Bucket:
             if grad is None:
                 self._zero(i)
             active.append(view._version != self._zero_versions[i])
-        self._adopt_changed_weights()
+        self.adopt_changed_weights()
         return tuple(active)
 
     def _zero(self, i: int) -> None:
@@ -180,9 +180,11 @@ class Bucket:
                 view.zero_()
             self._zero_versions[i] = view._version
 
-    def _adopt_changed_weights(self) -> None:
-        # Somebody wrote into a parameter since our last pass (load_state_dict, clamping): the master follows where the
-        # two differ, and keeps its extra bits elsewhere.
+    def adopt_changed_weights(self) -> None:
+        """Let the master follow a parameter that somebody else wrote into since our last pass (by loading weights, say).
+
+        It does so where the two differ, and keeps its extra bits elsewhere.
+        """
         master = self.lanes.get("master")
         if master is None or self.perturbed:
             return

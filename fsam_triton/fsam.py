@@ -114,8 +114,8 @@ class FSAM(AdamWL2SP):
         try:
             with torch.enable_grad():
                 loss = closure()
-            if not self.perturbed and any(p.grad is not None for group in self.param_groups for p in group["params"]):
-                self.perturb()
+            if not self.perturbed and (collected := self._collect()):
+                self._ascend(collected)
                 with torch.enable_grad():
                     closure()
         except BaseException:
@@ -136,6 +136,9 @@ class FSAM(AdamWL2SP):
         collected = self._collect()
         if not collected:
             raise RuntimeError("perturb() needs gradients: call backward() first")
+        self._ascend(collected)
+
+    def _ascend(self, collected: list[tuple[Bucket, tuple[bool, ...]]]) -> None:
         self._refresh_mask()
         buckets = [bucket for bucket, _ in collected if self._moves(bucket)]
         norm_sq = self._norm_sq(
@@ -170,7 +173,8 @@ class FSAM(AdamWL2SP):
         out: list[Tensor] = [torch.empty(0)] * len(buckets)
         for device in {bucket.device for bucket in buckets}:
             here = [i for i, bucket in enumerate(buckets) if bucket.device == device]
-            rho = self._hyper["ascent"].rows([(bucket.group["rho"],) for bucket in buckets], device)[here, 0]
+            radii = [(-b.group["rho"] if b.group["maximize"] else b.group["rho"],) for b in buckets]
+            rho = self._hyper["ascent"].rows(radii, device)[here, 0]
             step = torch.stack([buckets[i].steps.max() for i in here])
             key = self._keys([buckets[i] for i in here], step, _ASCENT, torch.zeros_like(step, dtype=torch.int64))
             for i, coef in zip(here, coefficients.ascent(rho, norm_sq.to(device, non_blocking=True), key), strict=True):
@@ -207,7 +211,7 @@ class FSAM(AdamWL2SP):
         if samples > 1 and (position == 0 or position > self.mask.interval - samples):
             for bucket in buckets:
                 fisher = bucket.lane("fisher", compute_dtype(bucket.dtype))
-                fisher += bucket.grad.to(fisher.dtype).square_()
+                fisher.addcmul_(bucket.grad, bucket.grad)
         if position == 0:
             values = [bucket.lanes.get("fisher", bucket.grad) for bucket in buckets]
             select_top_k(buckets, values, self.mask.count(self._selectable()))

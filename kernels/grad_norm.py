@@ -25,7 +25,7 @@ def grad_norm_kernel(
     """partial[c] = sum over chunk c of (s_i g_i)^2 with s = |w| (ASAM, arXiv 2102.11600 eq. 7) or 1.
 
     A chunk is CHUNK_BLOCKS blocks whatever the device, and its sum is one tree: the result does not depend on how many
-    processors there are. An inf or NaN in the gradient makes the sum inf or NaN, which is the finite check.
+    processors there are. An inf or NaN anywhere makes the sum inf or NaN, which is the finite check.
 
     Args:
         grad_ptr: gradient, fp16/bf16/fp32/fp64, length n.
@@ -48,7 +48,8 @@ def grad_norm_kernel(
         if ADAPTIVE:
             x *= tl.load(weight_ptr + start + offs, mask=inside, other=other).to(compute)
         if MASKED:
-            x = tl.where(mask_bits(mask_ptr, start, offs, inside), x, 0.0)
+            # Zero times an inf or NaN is NaN: what is not finite shows, masked or not.
+            x = tl.where(mask_bits(mask_ptr, start, offs, inside), x, x * 0.0)
         acc += x * x
         start += BLOCK
     tl.store(partial_ptr + tl.program_id(0), tl.sum(acc, 0).to(tl.float64))

@@ -122,7 +122,7 @@ def grad_norm_sq(grad: Tensor, weight: Tensor | None, mask: Tensor | None) -> Te
         mask: int32 [ceil(n / 32)], sum over these coordinates only, or None for all.
 
     Returns:
-        fp64 scalar; inf or NaN if and only if a counted term is (or the sum overflows fp32).
+        fp64 scalar; inf or NaN if any element is, counted or not, or if the sum overflows fp32.
     """
     whole = grad.numel() // CHUNK * CHUNK
     total = torch.zeros((), dtype=torch.float64, device=grad.device)
@@ -154,7 +154,8 @@ def chunk_sums(grad: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tens
         x = x * weight.to(x.dtype)
     if mask is not None:
         bits = unpack_mask(mask, grad) if grad.dim() > 2 else unpack_mask(mask[0], grad[0])[None]
-        x = torch.where(bits, x, 0.0)
+        # Zero times an inf or NaN is NaN: what is not finite shows, masked or not.
+        x = torch.where(bits, x, x * 0.0)
     return (x * x).flatten(1).sum(1)
 
 
