@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import ALIGNED, BLOCK, WARPS
+from .blocks import BLOCK, WARPS
 from .rounding import high_half, low_half, random_bits, round_to
 
 
@@ -146,7 +146,7 @@ def adamw_l2sp_(
         ANCHOR=anchor is not None,
         STOCHASTIC=stochastic and master is None and weight.element_size() == 2,
         ZERO_GRAD=zero_grad,
-        EVEN=n % ALIGNED == 0,
+        EVEN=n % BLOCK == 0,
         BLOCK=BLOCK,
         num_warps=WARPS,
         enable_fp_fusion=False,

@@ -8,8 +8,6 @@ import triton.language as tl
 # shared memory where both meet in one kernel. A warp has 32 threads on NVIDIA and 64 on AMD.
 BLOCK = 1024
 WARPS = 4 if torch.version.hip else 8
-# A length that is a multiple of this needs no bounds mask.
-ALIGNED = BLOCK
 
 
 @triton.jit

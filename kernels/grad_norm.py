@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import ALIGNED, BLOCK, WARPS, mask_bits
+from .blocks import BLOCK, WARPS, mask_bits
 
 CHUNK_BLOCKS = 16
 
@@ -32,7 +32,7 @@ def grad_norm_kernel(
         weight_ptr: weights, same type and length; read if ADAPTIVE.
         mask_ptr: int32 words of 32 mask bits, length ceil(n / 32); read if MASKED.
         partial_ptr: fp64, one per chunk; written.
-        n: number of elements; a multiple of BLOCK if EVEN.
+        n: number of elements; a multiple of BLOCK * CHUNK_BLOCKS if EVEN.
 
     Bytes per element: the gradient's, plus the weight's if ADAPTIVE, plus 1/8 if MASKED.
     """
@@ -40,8 +40,7 @@ def grad_norm_kernel(
     start = tl.program_id(0).to(tl.int64) * (BLOCK * CHUNK_BLOCKS)
     offs = tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], compute)
-    blocks = tl.minimum((n - start + BLOCK - 1) // BLOCK, CHUNK_BLOCKS).to(tl.int32)
-    for _ in range(blocks):
+    for _ in range(CHUNK_BLOCKS):
         inside = None if EVEN else start + offs < n
         other = None if EVEN else 0.0
         x = tl.load(grad_ptr + start + offs, mask=inside, other=other).to(compute)
@@ -69,7 +68,7 @@ def grad_norm_sq(grad: torch.Tensor, weight: torch.Tensor | None, mask: torch.Te
             n,
             ADAPTIVE=weight is not None,
             MASKED=mask is not None,
-            EVEN=n % ALIGNED == 0,
+            EVEN=n % (BLOCK * CHUNK_BLOCKS) == 0,
             BLOCK=BLOCK,
             CHUNK_BLOCKS=CHUNK_BLOCKS,
             num_warps=WARPS,

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import ALIGNED, BLOCK, WARPS, mask_bits
+from .blocks import BLOCK, WARPS, mask_bits
 from .rounding import high_half, random_bits, round_to
 
 
@@ -95,7 +95,7 @@ def perturb_(
         BACKUP=backup is not None,
         STOCHASTIC=stochastic and weight.element_size() == 2,
         ZERO_GRAD=zero_grad,
-        EVEN=n % ALIGNED == 0,
+        EVEN=n % BLOCK == 0,
         BLOCK=BLOCK,
         num_warps=WARPS,
         enable_fp_fusion=False,

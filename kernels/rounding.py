@@ -7,7 +7,6 @@ import triton.language as tl
 # neighbouring counters start far apart, and the multiplier of the lowbias32 family.
 _WEYL = tl.constexpr(0x9E3779B1)
 _MIX = tl.constexpr(0x2C1B3C6D)
-_SMALLEST_BFLOAT16 = tl.constexpr(2.0**-133)
 _LARGE = tl.constexpr(2.0**100)
 
 
@@ -58,7 +57,9 @@ def stochastic_round(x, rand, dtype: tl.constexpr):
     """
     binade = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     if dtype == tl.bfloat16:
-        step = tl.maximum(binade * (1.0 / 128), _SMALLEST_BFLOAT16)
+        # The bits of 2**-133: as a literal it would be taken for fp64.
+        smallest = tl.full([], 0x00010000, tl.int32).to(tl.float32, bitcast=True)
+        step = tl.maximum(binade * (1.0 / 128), smallest)
         noise = (rand | 1).to(tl.float32) * (1.0 / 65536)
     else:
         step = tl.maximum(binade * (1.0 / 1024), 1.0 / 16777216)
