@@ -324,10 +324,9 @@ class AdamWL2SP(Optimizer):
     def _coefficients(self, runs: list[tuple[Bucket, int, int, int, bool]], factor: Tensor | float) -> list[Tensor]:
         """Coefficients of each run of parameters that are updated together, on its device."""
         out: list[Tensor] = [torch.empty(0)] * len(runs)
-        values = [self._hyper_parameters(run[0]) for run in runs]
         for device in {run[0].device for run in runs}:
             here = [i for i, run in enumerate(runs) if run[0].device == device]
-            hyper = self._hyper["descent"].rows(values, device)[here]
+            hyper = self._hyper["descent", device].rows([self._hyper_parameters(runs[i][0]) for i in here], device)
             step = torch.stack([runs[i][0].steps[runs[i][3]] for i in here])
             offset = torch.tensor([runs[i][1] for i in here])
             key = self._keys([runs[i][0] for i in here], step, _UPDATE, offset.to(device, non_blocking=True))

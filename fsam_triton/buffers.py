@@ -181,7 +181,7 @@ class Bucket:
             self._zero_versions[i] = view._version
 
     def adopt_changed_weights(self) -> None:
-        """Let the master follow a parameter that somebody else wrote into since our last pass (by loading weights, say).
+        """Let the master follow a parameter that somebody else wrote into since our last pass (by loading weights).
 
         It does so where the two differ, and keeps its extra bits elsewhere.
         """

@@ -13,27 +13,24 @@ _WEYL = 0x9E3779B1
 
 
 class HyperParameters:
-    """Rows of hyper-parameters on a device, sent again only when a value has changed."""
+    """Rows of hyper-parameters on one device, sent again only when a value has changed."""
 
     def __init__(self) -> None:
         self._sent: tuple = ()
-        self._rows: dict[torch.device, Tensor] = {}
+        self._rows = torch.empty(0)
 
     def rows(self, values: Sequence[Sequence[float | Tensor]], device: torch.device) -> Tensor:
         """`values` as fp64 [rows, columns]. A tensor among them (a learning rate) is copied without a host sync."""
         plain = tuple(tuple(None if isinstance(v, Tensor) else float(v) for v in row) for row in values)
         if plain != self._sent:
-            self._sent, self._rows = plain, {}
-        if device not in self._rows:
             numbers = [[0.0 if v is None else v for v in row] for row in plain]
             host = torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda")
-            self._rows[device] = host.to(device, non_blocking=True)
-        rows = self._rows[device]
+            self._sent, self._rows = plain, host.to(device, non_blocking=True)
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 if isinstance(value, Tensor):
-                    rows[i, j].copy_(value.detach().squeeze(), non_blocking=True)
-        return rows
+                    self._rows[i, j].copy_(value.detach().squeeze(), non_blocking=True)
+        return self._rows
 
 
 def keys(step: Tensor, salt: Tensor, offset: Tensor) -> Tensor:

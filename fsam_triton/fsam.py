@@ -173,8 +173,9 @@ class FSAM(AdamWL2SP):
         out: list[Tensor] = [torch.empty(0)] * len(buckets)
         for device in {bucket.device for bucket in buckets}:
             here = [i for i, bucket in enumerate(buckets) if bucket.device == device]
-            radii = [(-b.group["rho"] if b.group["maximize"] else b.group["rho"],) for b in buckets]
-            rho = self._hyper["ascent"].rows(radii, device)[here, 0]
+            groups = [buckets[i].group for i in here]
+            radii = [(-group["rho"] if group["maximize"] else group["rho"],) for group in groups]
+            rho = self._hyper["ascent", device].rows(radii, device)[:, 0]
             step = torch.stack([buckets[i].steps.max() for i in here])
             key = self._keys([buckets[i] for i in here], step, _ASCENT, torch.zeros_like(step, dtype=torch.int64))
             for i, coef in zip(here, coefficients.ascent(rho, norm_sq.to(device, non_blocking=True), key), strict=True):

@@ -103,10 +103,10 @@ def select_top_k(buckets: Sequence[Bucket], values: Sequence[Tensor], k: int) ->
         top -= bits
         hist = sum(ops.digit_histogram(v, threshold.to(v.device), top, bits, wide).to(home) for v in values)
         at_least = hist.flip(0).cumsum(0).flip(0)
-        # The last digit that still leaves `quota` keys at or above it.
-        digit = (at_least >= quota).sum() - 1
-        quota = quota - (at_least[digit] - hist[digit])
-        threshold = threshold | (digit << top)
+        # The last digit that still leaves `quota` keys at or above it. Gathered: indexing would wait for the device.
+        digit = (at_least >= quota).sum().view(1) - 1
+        quota = quota - (at_least - hist).gather(0, digit)[0]
+        threshold = threshold | (digit[0] << top)
     for bucket, v in zip(buckets, values, strict=True):
         bucket.lane("mask", torch.int32)
         left, limit = quota.to(v.device), threshold.to(v.device)
