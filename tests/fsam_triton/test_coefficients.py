@@ -1,0 +1,137 @@
+"""The few numbers a pass needs: hyper-parameters on the device, keys, coefficients against the papers' formulas."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fsam_triton import coefficients
+
+CPU = torch.device("cpu")
+
+
+def fp64(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# -- hyper-parameters --------------------------------------------------------------------------------------------------
+
+
+def test_hyper_parameters_are_rows_of_fp64():
+    rows = coefficients.HyperParameters().rows([(0.1, 1e-8), (0.2, 1e-6)], CPU)
+    assert rows.dtype == torch.float64
+    assert rows.tolist() == [[0.1, 1e-8], [0.2, 1e-6]]
+
+
+def test_unchanged_hyper_parameters_are_not_sent_again():
+    hyper = coefficients.HyperParameters()
+    first = hyper.rows([(0.1, 0.2)], CPU)
+    assert hyper.rows([(0.1, 0.2)], CPU) is first
+
+
+@pytest.mark.parametrize("changed", [[(0.1, 0.3)], [(0.1, 0.2), (0.1, 0.2)], [(0.1,)]], ids=["value", "row", "column"])
+def test_changed_hyper_parameters_are_sent(changed):
+    hyper = coefficients.HyperParameters()
+    hyper.rows([(0.1, 0.2)], CPU)
+    assert hyper.rows(changed, CPU).tolist() == [list(row) for row in changed]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_tensor_among_them_is_followed(shape):
+    hyper, lr = coefficients.HyperParameters(), torch.full(shape, 0.5)
+    assert hyper.rows([(lr, 0.25)], CPU).tolist() == [[0.5, 0.25]]
+    lr.fill_(0.125)
+    assert hyper.rows([(lr, 0.25)], CPU).tolist() == [[0.125, 0.25]]
+
+
+def test_number_in_place_of_a_tensor_is_sent():
+    hyper = coefficients.HyperParameters()
+    hyper.rows([(torch.tensor(0.5), 0.25)], CPU)
+    assert hyper.rows([(0.0, 0.25)], CPU).tolist() == [[0.0, 0.25]]
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def test_keys_are_integers_of_32_bits_exact_in_fp64():
+    steps = torch.tensor([0.0, 1.0, 1e6, 16777216.0])
+    keys = coefficients.keys(steps, torch.tensor([0, 1, 0xFFFFFFFF, 5]), torch.tensor([0, 0, 10**10, 1 << 40]))
+    assert keys.dtype == torch.float64
+    assert ((keys >= 0) & (keys < 2**32) & (keys == keys.floor())).all()
+
+
+def test_keys_depend_on_nothing_but_their_own_row():
+    step, salt, offset = torch.tensor([3.0, 4.0]), torch.tensor([7, 8]), torch.tensor([0, 1024])
+    together = coefficients.keys(step, salt, offset)
+    apart = [coefficients.keys(step[i : i + 1], salt[i : i + 1], offset[i : i + 1]) for i in range(2)]
+    assert torch.equal(together, torch.cat(apart))
+
+
+# -- coefficients ------------------------------------------------------------------------------------------------------
+
+
+def test_ascent_is_rho_over_the_norm():
+    coef = coefficients.ascent(fp64(0.05, 2.0), fp64(16.0)[0], fp64(3, 4))
+    assert coef.tolist() == [[0.05 / (4 + 1e-12), 3.0], [2.0 / (4 + 1e-12), 4.0]]
+
+
+@pytest.mark.parametrize("norm_sq", [math.inf, math.nan])
+def test_ascent_of_a_norm_that_is_not_finite_is_zero(norm_sq):
+    assert coefficients.ascent(fp64(0.05), fp64(norm_sq)[0], fp64(3)).tolist() == [[0.0, 3.0]]
+
+
+def test_ascent_of_a_zero_norm_is_finite():
+    """Times the zero gradient it moves nothing."""
+    assert coefficients.ascent(fp64(0.05), fp64(0.0)[0], fp64(3)).isfinite().all()
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1.0, 100.0])
+def test_clip_factor_is_what_clip_grad_norm_multiplies_with(max_norm):
+    parameter = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    parameter.grad = fp64(1.0, 2.0, -3.0, 0.5)
+    factor, skip = coefficients.clip_factor(parameter.grad.square().sum(), 1.0, max_norm)
+    expected = parameter.grad * factor
+    torch.nn.utils.clip_grad_norm_(parameter, max_norm)
+    # The two sum four squares in their own order.
+    torch.testing.assert_close(parameter.grad, expected, rtol=8 * torch.finfo(torch.float64).eps, atol=0)
+    assert not skip
+
+
+def test_clip_factor_unscales_the_norm_first():
+    factor, _ = coefficients.clip_factor(fp64(1024.0**2)[0], 1 / 1024, 0.5)
+    assert float(factor) == 0.5 / (1 + 1e-6)
+
+
+@pytest.mark.parametrize("norm_sq", [math.inf, math.nan])
+def test_norm_that_is_not_finite_asks_to_skip(norm_sq):
+    assert coefficients.clip_factor(fp64(norm_sq)[0], 1.0, 1.0)[1]
+
+
+def test_descent_has_the_bias_corrections_of_each_step():
+    hyper = fp64(0.1, 0.9, 0.999, 1e-8, 0.01, 1.0).repeat(3, 1)
+    steps, keys = (1.0, 2.0, 1000.0), (5.0, 6.0, 7.0)
+    coef = coefficients.descent(hyper, torch.tensor(steps), 0.5, fp64(*keys))
+    for row, step, key in zip(coef.tolist(), steps, keys, strict=True):
+        step_size, inv_sqrt_bias2 = 0.1 / (1 - 0.9**step), 1 / math.sqrt(1 - 0.999**step)
+        expected = [0.5, 0.1 * 0.01, 1 - 0.9, 0.999, 1 - 0.999, step_size, inv_sqrt_bias2, 1e-8, key]
+        # Two pow functions, each good to an ulp of 0.999, under 1 - 0.999 of 1e-3.
+        assert row == pytest.approx(expected, rel=4000 * torch.finfo(torch.float64).eps)
+
+
+def test_descent_to_maximize_turns_the_gradient_alone():
+    hyper, key = fp64(0.1, 0.9, 0.999, 1e-8, 0.01, 1.0)[None], fp64(5)
+    turned = hyper * fp64(1, 1, 1, 1, 1, -1)
+    up, down = (coefficients.descent(h, torch.ones(1), 0.5, key)[0] for h in (turned, hyper))
+    assert up.tolist() == [-0.5, *down.tolist()[1:]]
+
+
+def test_descent_with_a_factor_of_nan_has_a_nan_in_the_factor_alone():
+    hyper = fp64(0.1, 0.9, 0.999, 1e-8, 0.01, 1.0)[None]
+    coef = coefficients.descent(hyper, torch.ones(1), torch.tensor(math.nan), fp64(5))
+    assert coef.isnan().tolist() == [[True] + [False] * 8]
+
+
+def test_descent_with_betas_of_zero_is_finite():
+    hyper = fp64(0.1, 0.0, 0.0, 1e-8, 0.01, 1.0)[None]
+    assert coefficients.descent(hyper, torch.ones(1), 1.0, fp64(5)).isfinite().all()

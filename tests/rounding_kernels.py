@@ -1,0 +1,42 @@
+"""Kernels around the rounding helpers, so that a test can call them."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fsam_triton.kernels import rounding
+
+BLOCK = 1 << 15
+
+
+@triton.jit
+def round_kernel(x_ptr, rand_ptr, out_ptr, n, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    x = tl.load(x_ptr + offs, mask=inside)
+    rand = tl.load(rand_ptr + offs, mask=inside) if STOCHASTIC else None
+    tl.store(out_ptr + offs, rounding.round_to(x, rand, out_ptr.dtype.element_ty, STOCHASTIC), mask=inside)
+
+
+@triton.jit
+def random_kernel(key_ptr, high_ptr, low_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    bits = rounding.random_bits(offs, tl.load(key_ptr).to(tl.int64).to(tl.uint32))
+    tl.store(high_ptr + offs, rounding.high_half(bits), mask=inside)
+    tl.store(low_ptr + offs, rounding.low_half(bits), mask=inside)
+
+
+def round_to(x: Tensor, rand: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """fp32 `x` in `dtype`, rounded stochastically with the int32 numbers `rand`, or to nearest without."""
+    out = torch.empty_like(x, dtype=dtype)
+    round_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, rand, out, x.numel(), STOCHASTIC=rand is not None, BLOCK=BLOCK)
+    return out
+
+
+def random_halves(n: int, key: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low halves of the random bits of n counters, int32."""
+    high, low = torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
+    random_kernel[(triton.cdiv(n, BLOCK),)](key, high, low, n, BLOCK=BLOCK)
+    return high, low

@@ -1,0 +1,97 @@
+"""What is in the wheel, and that the folder kernels/ is nobody's top-level module."""
+
+import configparser
+import email
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fsam_triton
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """The wheel of a copy of the sources, built without network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    # Nothing that an earlier build or an editable install left must get in.
+    leftovers = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "runs")
+    shutil.copytree(ROOT, folder / "source", ignore=leftovers)
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index"]
+    run = subprocess.run([*command, "-w", folder], cwd=folder / "source", capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def in_metadata(wheel: zipfile.ZipFile, name: str) -> str:
+    (path,) = (path for path in wheel.namelist() if ".dist-info/" in path and path.endswith(name))
+    return wheel.read(path).decode()
+
+
+def test_wheel_has_every_module_of_both_packages(wheel):
+    for package, folder in (("fsam_triton", ROOT / "fsam_triton"), ("fsam_triton/kernels", ROOT / "kernels")):
+        inside = {name for name in wheel.namelist() if name.endswith(".py") and name.rpartition("/")[0] == package}
+        assert inside == {f"{package}/{path.name}" for path in folder.glob("*.py")}
+
+
+def test_wheel_has_one_top_level_package(wheel):
+    top = {name.partition("/")[0] for name in wheel.namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"fsam_triton"}
+
+
+def test_wheel_says_that_it_is_typed(wheel):
+    assert "fsam_triton/py.typed" in wheel.namelist()
+
+
+def test_wheel_has_the_license(wheel):
+    assert in_metadata(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_text()
+
+
+def test_wheel_has_the_packages_version_and_name(wheel):
+    metadata = email.message_from_string(in_metadata(wheel, "METADATA"))
+    assert (metadata["Name"], metadata["Version"]) == ("fsam-triton", fsam_triton.__version__)
+
+
+def test_wheel_has_the_command_line(wheel):
+    entries = configparser.ConfigParser()
+    entries.read_string(in_metadata(wheel, "entry_points.txt"))
+    assert dict(entries["console_scripts"]) == {"fsam-finetune": "fsam_triton.finetune:main"}
+
+
+def test_unpacked_wheel_takes_a_step_without_the_repository(wheel, tmp_path):
+    wheel.extractall(tmp_path)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import torch, fsam_triton, fsam_triton.kernels.reference as reference
+for module in (fsam_triton, reference):
+    assert module.__file__.startswith({str(tmp_path)!r}), module.__file__
+p = torch.nn.Parameter(torch.ones(3))
+p.sum().backward()
+fsam_triton.AdamWL2SP([p]).step()
+assert (p < 1).all()
+"""
+    # Eager: this is not about compiled passes.
+    env = {**os.environ, "CXX": str(tmp_path / "no_compiler")}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
+
+
+def test_transformers_does_not_take_the_folder_for_the_package_kernels():
+    """In the repository's root, which `python -c` puts first on the path."""
+    pytest.importorskip("transformers")
+    code = """
+import importlib.metadata
+from transformers.utils import is_kernels_available
+try:
+    importlib.metadata.version("kernels")
+except importlib.metadata.PackageNotFoundError:
+    assert not is_kernels_available()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
