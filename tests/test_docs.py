@@ -24,7 +24,7 @@ def python_blocks():
             yield pytest.param(block, id=f"{page.name}-{i}")
 
 
-@pytest.mark.parametrize("block", python_blocks())
+@pytest.mark.parametrize("block", list(python_blocks()))
 def test_example_of_a_page_runs(block):
     exec(compile(block, "example", "exec"), {"__name__": "__main__"})
 
