@@ -1032,5 +1032,3 @@ def test_step_allocates_nothing_of_the_parameters_size(dtype, kwargs):
     optimizer.step()
     take_a_step()
     assert largest_allocation(take_a_step) < weight.numel() // 8
-
-

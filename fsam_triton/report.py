@@ -1,0 +1,131 @@
+"""Measures a training run and reports several: peak memory, a table, a plot of the curves."""
+
+import contextlib
+import os
+import statistics
+import tempfile
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Run:
+    """What one training run left behind.
+
+    Args:
+        name: the optimizer, as the table and the plot call it.
+        losses: training loss of each step, before the step.
+        step_seconds: wall-clock seconds of each step.
+        evaluations: (step, accuracy, loss) on the validation texts, in the order they were made.
+        peak_memory_bytes: highest memory use seen while it ran; see :class:`PeakMemory`.
+    """
+
+    name: str
+    losses: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, float, float]] = field(default_factory=list)
+    peak_memory_bytes: int = 0
+
+    def summary(self):
+        """Return the figures of the table as a dict; the time is the median, which leaves out compiling."""
+        _, accuracy, loss = self.evaluations[-1]
+        return {
+            "eval_accuracy": accuracy,
+            "eval_loss": loss,
+            "seconds_per_step": statistics.median(self.step_seconds),
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+class PeakMemory:
+    """Context manager that measures the peak memory of what runs inside it, in ``bytes``.
+
+    On CUDA: the most the PyTorch allocator had handed out (``torch.cuda.max_memory_allocated``). Elsewhere: the most
+    resident memory of the process seen by a thread that looks every 10 ms, libraries and data included. (The
+    operating system's own maximum is of the process's whole life, so a second run could not be told from the first.)
+    """
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+        self.bytes = 0
+
+    @property
+    def meaning(self):
+        """What ``bytes`` counts, in words."""
+        return "CUDA memory allocated" if self.device.type == "cuda" else "process memory (sampled RSS)"
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._stop = threading.Event()
+            self._sampler = threading.Thread(target=self._sample, daemon=True)
+            self._sampler.start()
+        return self
+
+    def __exit__(self, *exception):
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self._stop.set()
+            self._sampler.join()
+
+    def _sample(self):
+        import psutil
+
+        process = psutil.Process()
+        while True:
+            self.bytes = max(self.bytes, process.memory_info().rss)
+            if self._stop.wait(0.01):
+                return
+
+
+def format_table(runs, memory_meaning):
+    """Return the figures of ``runs`` as lines of text, one a run, under a heading."""
+    rows = [("optimizer", "accuracy", "loss", "s/step", "peak MiB")]
+    for run in runs:
+        figures = run.summary()
+        rows.append(
+            (
+                run.name,
+                f"{figures['eval_accuracy']:.4f}",
+                f"{figures['eval_loss']:.4f}",
+                f"{figures['seconds_per_step']:.3f}",
+                f"{figures['peak_memory_bytes'] / 2**20:,.0f}",
+            )
+        )
+    lines = [f"{name:<12}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in rows]
+    notes = f"accuracy and loss on the validation texts; s/step: median; peak MiB: {memory_meaning}"
+    return "\n".join([*lines, notes])
+
+
+def plot_curves(runs, path):
+    """Write the training loss and the validation accuracy of ``runs`` as a PNG; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    for run in runs:
+        loss_axes.plot(range(1, len(run.losses) + 1), run.losses, label=run.name)
+        steps, accuracies, _ = zip(*run.evaluations, strict=True)
+        accuracy_axes.plot(steps, accuracies, marker="o", label=run.name)
+    loss_axes.set(xlabel="step", ylabel="training loss", yscale="log")
+    accuracy_axes.set(xlabel="step", ylabel="validation accuracy")
+    for axes in (loss_axes, accuracy_axes):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """Give a temporary file to write beside ``path``; it takes the name ``path`` only once it is complete."""
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        os.replace(temporary, path)

