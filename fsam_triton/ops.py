@@ -90,18 +90,24 @@ def _compiled(function: Callable[..., Any], variant: tuple) -> Callable[..., Any
         return function
     name = f"{function.__name__}_{abs(hash(variant)):x}"
     own = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-    return torch.compile(own, dynamic=True, fullgraph=True)
+    return torch.compile(own, dynamic=True)
 
 
 def _run_compiled(function: Callable[..., Any], *args: Any) -> Any:
     variant = tuple((a.dtype, a.shape[1:]) if isinstance(a, Tensor) else a for a in args)
-    for a in args:
-        if isinstance(a, Tensor):
-            # Only the number of rows varies: the compiler unrolls what it knows.
-            for dim in range(1, a.dim()):
-                torch._dynamo.mark_static(a, dim)
     with torch.no_grad():
-        return _compiled(function, variant)(*args)
+        return _compiled(function, variant)(*(_plain(a) if isinstance(a, Tensor) else a for a in args))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The same tensor in a form in which only its number of rows can ask for another compilation."""
+    if tensor._base is not None:
+        # torch.compile would compile again for each way in which views lie in their bases.
+        place = tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+        tensor = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(*place)
+    for dim in range(1, tensor.dim()):
+        torch._dynamo.mark_static(tensor, dim)
+    return tensor
 
 
 def _words_as_rows(mask: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

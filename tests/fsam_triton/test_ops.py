@@ -271,6 +271,20 @@ def test_new_coefficients_and_lengths_compile_nothing(operator, make, case):
             operator(*args)
 
 
+def test_parts_of_buffers_compile_nothing():
+    """A step in which some parameters have no gradient updates slices, at any offset and of any length."""
+    flat, coefficients = torch.zeros(5, 4096), torch.ones(4, 9, dtype=torch.float64)
+
+    def update(start, stop, run):
+        parts = [buffer[start:stop] for buffer in flat.unbind()]
+        ops.adamw_l2sp_(*parts[:4], None, parts[4], None, None, coefficients[run], False, False)
+
+    update(0, 4096, 0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for run, (start, stop) in enumerate(((0, 32), (32, 4096), (64, 96), (4000, 4096))):
+            update(start, stop, run)
+
+
 def test_norms_of_other_lengths_compile_nothing():
     ops.grad_norm_sq(torch.ones(2 * reference.CHUNK), None, None)
     with torch.compiler.set_stance("fail_on_recompile"):
