@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from fsam_triton import FSAM, AdamWL2SP, FisherMask
 from fsam_triton.report import PeakMemory, Run, format_table, plot_curves, written_whole
@@ -32,7 +31,9 @@ from fsam_triton.texts import (
 )
 
 try:
+    import psutil  # noqa: F401  (for the report, which would miss it only after training)
     import transformers
+    from tqdm import tqdm
 except ImportError:
     transformers = None
 
@@ -399,7 +400,7 @@ def main(argv=None):
     """Run the command line; return the exit status: 0, or 2 after one line on stderr that says what was wrong."""
     try:
         if transformers is None:
-            raise InputError("transformers is needed: pip install 'fsam-triton[transformers]'")
+            raise InputError("transformers and accelerate are needed: pip install 'fsam-triton[transformers]'")
         parser = transformers.HfArgumentParser(
             Arguments,
             prog="fsam-finetune",

@@ -103,8 +103,9 @@ def _plain(tensor: Tensor) -> Tensor:
     """The same tensor in a form in which only its number of rows can ask for another compilation."""
     if tensor._base is not None:
         # torch.compile would compile again for each way in which views lie in their bases.
-        place = tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
-        tensor = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(*place)
+        size, start = tensor.element_size(), tensor.storage_offset()
+        own = tensor.untyped_storage()[start * size : (start + tensor.numel()) * size]
+        tensor = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(own, 0, tensor.shape, tensor.stride())
     for dim in range(1, tensor.dim()):
         torch._dynamo.mark_static(tensor, dim)
     return tensor

@@ -323,7 +323,7 @@ def test_value_of_the_wrong_type_ends_with_status_2(options, capsys):
 def test_missing_transformers_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(finetune, "transformers", None)
     assert finetune.main([]) == 2
-    assert "transformers is needed: pip install 'fsam-triton[transformers]'" in capsys.readouterr().err
+    assert "transformers and accelerate are needed: pip install 'fsam-triton[transformers]'" in capsys.readouterr().err
 
 
 def test_missing_matplotlib_costs_only_the_plot(options, tmp_path, capsys, monkeypatch):
