@@ -77,7 +77,7 @@ class Arguments:
     adam_beta2: float = option(0.999, "decay of AdamW's second moment")
     adam_epsilon: float = option(1e-8, "added to the root of the second moment")
     max_grad_norm: float = option(1.0, "the descent gradient is clipped to this norm; 0: not at all")
-    num_train_epochs: float = option(5.0, "times the training texts are seen")
+    num_train_epochs: float = option(4.0, "times the training texts are seen")
     max_steps: int = option(-1, "if positive, the number of steps instead")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = option(
         "linear", "schedule of the learning rate"
