@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .kernels.reference import key_at
+
 _WORD = 0xFFFFFFFF
-# Of the counter-based generator in kernels/rounding.py: key + offset * WEYL starts its counter at `offset`.
-_WEYL = 0x9E3779B1
 
 
 class HyperParameters:
@@ -47,7 +47,7 @@ def keys(step: Tensor, salt: Tensor, offset: Tensor) -> Tensor:
     key = (step.to(torch.int64) * 0x85EBCA6B + salt) & _WORD
     for factor in (0x7FEB352D, 0x846CA68B):
         key = ((key ^ (key >> 15)) * factor) & _WORD
-    return (((key ^ (key >> 16)) + offset * _WEYL) & _WORD).to(torch.float64)
+    return key_at(key ^ (key >> 16), offset).to(torch.float64)
 
 
 def ascent(rho: Tensor, norm_sq: Tensor, key: Tensor) -> Tensor:

@@ -136,7 +136,11 @@ class FSAM(AdamWL2SP):
         collected = self._collect()
         if not collected:
             raise RuntimeError("perturb() needs gradients: call backward() first")
-        self._ascend(collected)
+        try:
+            self._ascend(collected)
+        except BaseException:
+            self.restore()
+            raise
 
     def _ascend(self, collected: list[tuple[Bucket, tuple[bool, ...]]]) -> None:
         self._refresh_mask()

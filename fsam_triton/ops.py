@@ -133,7 +133,6 @@ def _cpu_grad_norm_sq(grad: Tensor, weight: Tensor | None, mask: Tensor | None) 
 
 # Elements whose noise is made at a time, so that it is still in the cache when the pass reads it.
 _NOISE_CHUNK = 1 << 20
-_WEYL = 0x9E3779B1
 _scratch = threading.local()
 
 
@@ -144,8 +143,7 @@ def _noise(n: int, start: int, key: Tensor, dtype: torch.dtype, both: bool) -> t
         _scratch.columns = reference.counters(reference.COLUMNS)
     rows = -(-n // reference.COLUMNS)
     first, second = _scratch.noise[0, :rows], _scratch.noise[1, :rows] if both else None
-    here = (key.to(torch.int64) + start * _WEYL) & 0xFFFFFFFF
-    _run_compiled(reference.noise_, first, second, here, _scratch.columns, dtype)
+    _run_compiled(reference.noise_, first, second, reference.key_at(key, start), _scratch.columns, dtype)
     return first.view(-1)[:n], second.view(-1)[:n] if both else None
 
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 CHUNK = 16384
-_WEYL = 0x9E3779B1 - (1 << 32)
+# The generator's counters are 2**32 over the golden ratio apart, as in `rounding`; _WEYL is the same number, signed.
+WEYL = 0x9E3779B1
+_WEYL = WEYL - (1 << 32)
 _MIX = 0x2C1B3C6D
 # Row length of `noise_`, and how far its counter goes from row to row (mod 2**32, signed).
 COLUMNS = 1024
@@ -27,6 +29,11 @@ def _as_int32(key: Tensor) -> Tensor:
 def _mix(x: Tensor) -> Tensor:
     x = x ^ ((x >> 15) & 0x1FFFF)
     return x * _MIX
+
+
+def key_at(key: Tensor, offset: int | Tensor) -> Tensor:
+    """The key, int64 in [0, 2**32), with which element 0 gets the numbers that element `offset` gets with `key`."""
+    return (key.to(torch.int64) + offset * WEYL) & 0xFFFFFFFF
 
 
 def counters(n: int, device: torch.device | None = None) -> Tensor:

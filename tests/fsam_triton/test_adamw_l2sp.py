@@ -26,7 +26,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def train(model: nn.Module, optimizer, steps: int, *, problem=Problem(), start=0, scheduler=None) -> None:  # noqa: B008
+def train(model: nn.Module, optimizer, steps: int, *, problem=Problem(), start=0, scheduler=None) -> None:
     for step in range(start, start + steps):
         optimizer.zero_grad()
         problem.loss(model.parameters(), step).backward()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fsam_triton import FSAM, AdamWL2SP, FisherMask
+from fsam_triton import FSAM, AdamWL2SP, FisherMask, fsam
 from tests.reference import Entry, Problem, ReferenceFSAM, ReferenceMask, assert_weights_close, small_model
 
 WIDE = [torch.float32, torch.float64]
@@ -29,7 +29,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def closure_of(model: nn.Module, optimizer, step: int, problem=Problem()):  # noqa: B008
+def closure_of(model: nn.Module, optimizer, step: int, problem=Problem()):
     def closure():
         optimizer.zero_grad()
         loss = problem.loss(model.parameters(), step)
@@ -39,12 +39,12 @@ def closure_of(model: nn.Module, optimizer, step: int, problem=Problem()):  # no
     return closure
 
 
-def train(model: nn.Module, optimizer, steps: int, *, problem=Problem(), start=0) -> None:  # noqa: B008
+def train(model: nn.Module, optimizer, steps: int, *, problem=Problem(), start=0) -> None:
     for step in range(start, start + steps):
         optimizer.step(closure_of(model, optimizer, step, problem))
 
 
-def train_by_hand(model: nn.Module, optimizer, steps: int, *, problem=Problem(), start=0) -> None:  # noqa: B008
+def train_by_hand(model: nn.Module, optimizer, steps: int, *, problem=Problem(), start=0) -> None:
     for step in range(start, start + steps):
         problem.loss(model.parameters(), step).backward()
         optimizer.perturb()
@@ -53,7 +53,7 @@ def train_by_hand(model: nn.Module, optimizer, steps: int, *, problem=Problem(),
         optimizer.zero_grad()
 
 
-def train_by_familiar_names(model, optimizer, steps: int, *, problem=Problem(), start=0) -> None:  # noqa: B008
+def train_by_familiar_names(model, optimizer, steps: int, *, problem=Problem(), start=0) -> None:
     for step in range(start, start + steps):
         problem.loss(model.parameters(), step).backward()
         optimizer.first_step(zero_grad=True)
@@ -61,7 +61,7 @@ def train_by_familiar_names(model, optimizer, steps: int, *, problem=Problem(), 
         optimizer.second_step(zero_grad=True)
 
 
-def train_with_model_zero_grad(model, optimizer, steps: int, *, problem=Problem(), start=0) -> None:  # noqa: B008
+def train_with_model_zero_grad(model, optimizer, steps: int, *, problem=Problem(), start=0) -> None:
     for step in range(start, start + steps):
         for finish in (optimizer.perturb, optimizer.step):
             problem.loss(model.parameters(), step).backward()
@@ -930,3 +930,22 @@ def test_sam_with_master_weights_needs_no_more_memory_than_adamw_but_for_the_mas
     bits = 1024 * 1024 // 8 if mask else 0
     # Scalars, and a histogram to find the k-th largest score with, do not grow with the parameters.
     assert sizes[1] - sizes[0] <= bits + 16384
+
+
+def test_perturb_that_fails_half_way_puts_the_clean_weights_back(monkeypatch):
+    model = small_model(torch.float32)
+    optimizer = FSAM([{"params": [p]} for p in model.parameters()])
+    closure_of(model, optimizer, 0)()
+    whole, calls = fsam.ops.perturb_, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        whole(*args)
+
+    monkeypatch.setattr(fsam.ops, "perturb_", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.perturb()
+    assert not optimizer.perturbed
+    assert_same_bits(model, small_model(torch.float32))
