@@ -42,7 +42,8 @@ class Bucket:
         self, params: Sequence[Parameter], group: dict, *, flatten: bool = True, selectable: bool = True
     ) -> None:
         strides = [torch.empty_like(p, device="meta").stride() for p in params]
-        self._lay_out(params, group, selectable, [p.shape for p in params], strides)
+        align = max(_ALIGN_BYTES // params[0].element_size(), _ALIGN_ELEMENTS)
+        self._lay_out(params, group, selectable, [p.shape for p in params], strides, align)
         if flatten:
             self.weight = torch.zeros(self.size, dtype=self.dtype, device=self.device)
             self._move_parameters()
@@ -54,7 +55,13 @@ class Bucket:
         self._collect_in_backward()
 
     def _lay_out(
-        self, params: Sequence[Parameter], group: dict, selectable: bool, shapes: list[torch.Size], strides: list[tuple]
+        self,
+        params: Sequence[Parameter],
+        group: dict,
+        selectable: bool,
+        shapes: list[torch.Size],
+        strides: list[tuple],
+        align: int,
     ) -> None:
         """Everything but the weights: parameter i takes a tensor of `shapes[i]` and `strides[i]` in the buffers."""
         self.params = list(params)
@@ -63,7 +70,6 @@ class Bucket:
         first = self.params[0]
         self.device, self.dtype = first.device, first.dtype
         self.shapes, self.strides = shapes, strides
-        align = max(_ALIGN_BYTES // first.element_size(), _ALIGN_ELEMENTS)
         self.offsets, end = [], 0
         for shape in shapes:
             self.offsets.append(end)
@@ -158,7 +164,7 @@ class Bucket:
             self.mark_grads_zeroed()
             return
         kept, free = self.grads, self._ascent_grads or _Gradients(self)
-        free.versions = [None] * len(self.params)
+        free.forget()
         self._grads, self._ascent_grads = free, kept
 
     def drop_ascent_grads(self, kept: Sequence[bool] | None = None) -> None:
@@ -194,8 +200,8 @@ class Bucket:
             RuntimeError: sparse gradient, or a parameter that no longer is the view of its buffer.
         """
         active = []
+        self._check_parameters()
         for i, p in enumerate(self.params):
-            self._check_in_place(i, p)
             if p.grad is not None:
                 self._collect_one(i, p)
             elif self._grads is None:
@@ -207,15 +213,19 @@ class Bucket:
         self.adopt_changed_weights()
         return tuple(active)
 
-    def _check_in_place(self, i: int, p: Parameter) -> None:
-        if not self.is_in_place(i):
+    def _check_parameters(self) -> None:
+        # All at once: a call a parameter would take as long as a whole pass of a sparse step.
+        same = [p.data_ptr() for p in self.params] == self._pointers and all(p.dtype == self.dtype for p in self.params)
+        if not same:
+            i, p = next((i, p) for i, p in enumerate(self.params) if not self.is_in_place(i))
             raise RuntimeError(
                 f"parameter {self.name(i)} was moved or replaced after the optimizer was made "
                 f"(now {tuple(p.shape)}, {p.dtype}, {p.device}): move or cast the model first, then make the "
                 "optimizer, and use only one optimizer for a parameter"
             )
-        if p.grad is not None and p.grad.is_sparse:
-            raise RuntimeError(f"sparse gradient of parameter {self.name(i)}: only dense gradients are supported")
+        for i, p in enumerate(self.params):
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(f"sparse gradient of parameter {self.name(i)}: only dense gradients are supported")
 
     def adopt_changed_weights(self) -> None:
         """Follow a parameter that somebody else wrote into since our last pass (by loading weights).
@@ -223,7 +233,7 @@ class Bucket:
         A master does so where the two differ, and keeps its extra bits elsewhere.
         """
         master = self.lanes.get("master")
-        if self.perturbed or (master is None and self.flat):
+        if self.perturbed or (master is None and self.flat) or [p._version for p in self.params] == self._versions:
             return
         for i, p in enumerate(self.params):
             if self.was_written(i):
@@ -380,6 +390,10 @@ class _Gradients:
         """All of it is zero now."""
         # A view's version number when it was zero; None where nobody knows what it holds.
         self.versions: list[int | None] = [view._version for view in self.views]
+
+    def forget(self) -> None:
+        """Nobody knows what it holds."""
+        self.versions = [None] * len(self.views)
 
     def is_zero(self, i: int) -> bool:
         """Whether nothing was written into parameter i's view since it was zeroed."""

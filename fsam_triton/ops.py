@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import reference
+from .kernels import reference, sparse_cpu
 
 _library = torch.library.Library("fsam_triton", "DEF")
 
@@ -32,6 +32,8 @@ _library.define(
 )
 _library.define("digit_histogram(Tensor values, Tensor prefix, int shift, int bits, bool wide) -> Tensor")
 _library.define("write_mask_(Tensor(a!) mask, Tensor values, Tensor threshold, Tensor quota, bool wide) -> Tensor")
+_library.define("gather_(Tensor(a!) out, Tensor[] sources, Tensor index, int[] offsets, int[] counts) -> ()")
+_library.define("scatter_(Tensor(a!)[] targets, Tensor index, Tensor source, int[] offsets, int[] counts) -> ()")
 _library.define("linear_fisher_(Tensor(a!) fisher, Tensor inputs, Tensor output_grads, bool absolute) -> ()")
 
 grad_norm_sq = torch.ops.fsam_triton.grad_norm_sq.default
@@ -40,13 +42,15 @@ perturb_ = torch.ops.fsam_triton.perturb_.default
 adamw_l2sp_ = torch.ops.fsam_triton.adamw_l2sp_.default
 digit_histogram = torch.ops.fsam_triton.digit_histogram.default
 write_mask_ = torch.ops.fsam_triton.write_mask_.default
+gather_ = torch.ops.fsam_triton.gather_.default
+scatter_ = torch.ops.fsam_triton.scatter_.default
 linear_fisher_ = torch.ops.fsam_triton.linear_fisher_.default
 
 
 @functools.cache
 def _triton() -> types.SimpleNamespace:
     """The Triton launchers, imported on first use: a machine without a GPU need not have Triton."""
-    from .kernels import adamw_l2sp, fisher, grad_norm, perturb, surrogate_gap, topk_mask
+    from .kernels import adamw_l2sp, fisher, grad_norm, perturb, sparse, surrogate_gap, topk_mask
 
     return types.SimpleNamespace(
         grad_norm_sq=grad_norm.grad_norm_sq,
@@ -55,6 +59,8 @@ def _triton() -> types.SimpleNamespace:
         adamw_l2sp_=adamw_l2sp.adamw_l2sp_,
         digit_histogram=topk_mask.digit_histogram,
         write_mask_=topk_mask.write_mask_,
+        gather_=sparse.gather_,
+        scatter_=sparse.scatter_,
         linear_fisher_=fisher.linear_fisher_,
     )
 
@@ -253,6 +259,14 @@ def _cpu_write_mask_(*args) -> Tensor:
     return (_triton() if interpreting() else reference).write_mask_(*args)
 
 
+def _cpu_gather_(*args) -> None:
+    (_triton() if interpreting() else sparse_cpu if _can_compile() else reference).gather_(*args)
+
+
+def _cpu_scatter_(*args) -> None:
+    (_triton() if interpreting() else sparse_cpu if _can_compile() else reference).scatter_(*args)
+
+
 def _cpu_linear_fisher_(fisher: Tensor, inputs: Tensor, output_grads: Tensor, absolute: bool) -> None:
     if interpreting():
         return _triton().linear_fisher_(fisher, inputs, output_grads, absolute)
@@ -271,7 +285,8 @@ def _cpu_linear_fisher_(fisher: Tensor, inputs: Tensor, output_grads: Tensor, ab
 def _on_gpu(name: str) -> Callable[..., Any]:
     def launch(*args: Any) -> Any:
         # A kernel runs on the current device, which need not be the tensors'.
-        with torch.cuda.device(args[0].device):
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        with torch.cuda.device(first.device):
             return getattr(_triton(), name)(*args)
 
     return launch
@@ -284,6 +299,8 @@ for _name, _cpu in {
     "adamw_l2sp_": _cpu_adamw_l2sp_,
     "digit_histogram": _cpu_digit_histogram,
     "write_mask_": _cpu_write_mask_,
+    "gather_": _cpu_gather_,
+    "scatter_": _cpu_scatter_,
     "linear_fisher_": _cpu_linear_fisher_,
 }.items():
     _library.impl(_name, _cpu, "CPU")
@@ -302,6 +319,8 @@ def _(first, second):
 
 @torch.library.register_fake("fsam_triton::perturb_")
 @torch.library.register_fake("fsam_triton::adamw_l2sp_")
+@torch.library.register_fake("fsam_triton::gather_")
+@torch.library.register_fake("fsam_triton::scatter_")
 @torch.library.register_fake("fsam_triton::linear_fisher_")
 def _(*args):
     return None

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from . import coefficients
 from .buffers import Bucket
 from .kernels.reference import compute_dtype
 
@@ -25,7 +24,7 @@ class FlatState(Optimizer):
     """The part of AdamWL2SP that deals with state: state dicts in torch.optim.AdamW's form, copies, clean weights.
 
     `AdamWL2SP` provides `_buckets`, `_places` (where each parameter is: its bucket and its number there),
-    `_add_buckets`, `_allocate` and `_check_group`.
+    `_start_anew` (which fills them), `_allocate` and `_check_group`.
     """
 
     _buckets: list[Bucket]
@@ -176,10 +175,7 @@ class FlatState(Optimizer):
         self.__dict__.update(state.pop("arguments"))
         state["state"] = defaultdict(dict)
         super().__setstate__(state)
-        self._hyper = defaultdict(coefficients.HyperParameters)
-        self._buckets, self._places = [], {}
-        for group in self.param_groups:
-            self._add_buckets(group)
+        self._start_anew()
         self._load_entries(entries)
         for bucket in self._buckets:
             bucket.known = [known[p] for p in bucket.params]

@@ -4,6 +4,8 @@ Every tensor is flat; the element-wise passes also take whole words as rows, [n 
 i % 32 of word i // 32 for element i.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -426,6 +428,41 @@ def write_mask_(mask: Tensor, values: Tensor, threshold: Tensor, quota: Tensor, 
         mask[i // 32 : i // 32 + words.numel()] = words
         quota = (quota - tie.sum()).clamp(min=0)
     return quota.clone()
+
+
+def gather_(
+    out: Tensor, sources: Sequence[Tensor], index: Tensor, offsets: Sequence[int], counts: Sequence[int]
+) -> None:
+    """out[j] <- source_i[index[j]] for offsets[i] <= j < offsets[i] + counts[i]: the selected gradients.
+
+    Args:
+        out: the sources' type [n]; written in these places.
+        sources: tensors of one type, dense in memory; positions count in their memory, whatever the strides.
+        index: int32 or int64 [n].
+        offsets, counts: one for each source.
+    """
+    for source, offset, count in zip(sources, offsets, counts, strict=True):
+        # On CPU ten times faster than to index, and without a temporary.
+        torch.index_select(_in_memory(source), 0, index[offset : offset + count], out=out[offset : offset + count])
+
+
+def scatter_(
+    targets: Sequence[Tensor], index: Tensor, source: Tensor, offsets: Sequence[int], counts: Sequence[int]
+) -> None:
+    """target_i[index[j]] <- source[j] for offsets[i] <= j < offsets[i] + counts[i]: back to their places.
+
+    Args:
+        targets: tensors of one type, dense in memory; written.
+        index: int32 or int64 [n], in each target no two alike.
+        source: the targets' type [n].
+        offsets, counts: one for each target.
+    """
+    for target, offset, count in zip(targets, offsets, counts, strict=True):
+        _in_memory(target).index_copy_(0, index[offset : offset + count].long(), source[offset : offset + count])
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def linear_fisher_(fisher: Tensor, inputs: Tensor, output_grads: Tensor, absolute: bool) -> None:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from fsam_triton import FSAM, FisherMask, MomentumSAM, Schedule
+from fsam_triton import FSAM, FisherMask, FishMask, MomentumSAM, Schedule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,6 +62,17 @@ def test_ten_steps_on_the_gpu_equal_ten_on_the_cpu(name, dtype):
     weights = []
     for device in ("cpu", "cuda"):
         model, optimizer = make(device, dtype, **VARIANTS[name])
+        train(model, optimizer, gradients)
+        weights.append(weights_of(model))
+    assert_close_after_ten_steps(*weights, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_ten_steps_on_a_fish_mask_on_the_gpu_equal_ten_on_the_cpu(dtype):
+    gradients, weights = make_gradients(10), []
+    for device in ("cpu", "cuda"):
+        model, _ = make(device, dtype)
+        optimizer = FSAM(model.named_parameters(), lr=1e-2, trainable=FishMask.random(model, 0.1))
         train(model, optimizer, gradients)
         weights.append(weights_of(model))
     assert_close_after_ten_steps(*weights, dtype)

@@ -45,6 +45,16 @@ def test_variants_equal_their_references_in_the_interpreter():
     assert passed(run_tests("test_gsam.py test_looksam.py test_esam.py", selection)) >= 10
 
 
+def test_sparse_training_equals_dense_training_in_the_interpreter():
+    """To the bit, in fp32 and fp64; SAM on the mask; the steps after a change of the mask."""
+    selection = (
+        "(test_equals_dense_training and arguments0)"
+        " or (test_sam_on_the_mask and clipped)"
+        " or (test_set_trainable_goes_on and FSAM)"
+    )
+    assert passed(run_tests("test_sparse.py", selection)) >= 4
+
+
 def test_adamw_equals_its_reference_in_the_interpreter():
     """L2-SP and clipping, gradients that are missing or not finite, rounding to 16 bits."""
     selection = (

@@ -117,10 +117,58 @@ def test_state_takes_memory_for_the_mask_alone():
     optimizer = AdamWL2SP(model.named_parameters(), trainable=mask)
     train(model, optimizer, 2)
     # Weights, gradients, two moments and positions of 4 bytes, in chunks of 16,384 elements.
-    lanes = [optimizer._buckets[0].weight, optimizer._buckets[0].grad, *optimizer._buckets[0].lanes.values()]
-    assert len(lanes) == 5
-    assert sum(lane.nbytes for lane in lanes) == 5 * 4 * 16384
-    assert all(p.numel() == 16384 for p in lanes)
+    (bucket,) = optimizer._buckets
+    assert set(bucket.lanes) == {"index", "exp_avg", "exp_avg_sq"}
+    assert [lane.nbytes for lane in (bucket.weight, bucket.grad, *bucket.lanes.values())] == [4 * 16384] * 5
+
+
+@pytest.mark.parametrize("kind", [AdamWL2SP, FSAM, MomentumSAM])
+def test_set_trainable_goes_on_as_a_new_optimizer_would(kind):
+    model, other = small_model(), small_model()
+    first, second = masked(model), FishMask.bias_only(model)
+    optimizer = kind(model.named_parameters(), lr=0.01)
+    for i, mask in enumerate((None, first, second, None)):
+        optimizer.set_trainable(mask)
+        fresh = kind(other.named_parameters(), lr=0.01, trainable=mask)
+        before = weights_of(model)
+        train(model, optimizer, 3, start=3 * i)
+        train(other, fresh, 3, start=3 * i)
+        if kind is MomentumSAM:
+            optimizer.eval(), fresh.eval()
+        assert_same_bits(model, other)
+        if kind is MomentumSAM:
+            optimizer.train()
+        if mask is not None:
+            for (name, p), old in zip(other.named_parameters(), before, strict=True):
+                assert torch.equal(p[~mask.bits(name)], old[~mask.bits(name)])
+
+
+def test_set_trainable_keeps_groups_for_schedulers():
+    model = small_model()
+    optimizer = FSAM(model.named_parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    train(model, optimizer, 1)
+    scheduler.step()
+    optimizer.set_trainable(FishMask.bias_only(model))
+    train(model, optimizer, 1)
+    assert optimizer.param_groups[0]["lr"] == 0.005
+    assert optimizer.param_groups[0]["updates"] == 2
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.0025
+
+
+def test_set_trainable_with_a_mask_that_does_not_fit_changes_nothing():
+    model, other = small_model(), small_model()
+    optimizer, same = (AdamWL2SP(m.named_parameters(), lr=0.01) for m in (model, other))
+    train(model, optimizer, 2)
+    train(other, same, 2)
+    with pytest.raises(ValueError, match=r"Invalid trainable.*shape"):
+        optimizer.set_trainable(FishMask.bias_only(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="Invalid mask"):
+        FSAM(small_model().named_parameters(), mask=FisherMask(0.5)).set_trainable(masked(model))
+    train(model, optimizer, 2, start=2)
+    train(other, same, 2, start=2)
+    assert_same_bits(model, other)
 
 
 def test_parameter_without_a_selected_weight_has_no_state_but_its_gradient_is_cleared():

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fsam_triton.kernels import adamw_l2sp, blocks, grad_norm, perturb, surrogate_gap, topk_mask
+from fsam_triton.kernels import adamw_l2sp, blocks, grad_norm, perturb, sparse, surrogate_gap, topk_mask
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CUDA = [80, 90, 100]
@@ -49,7 +49,7 @@ def build(kernel, pointers: dict, **flags) -> Build:
     described = [name if value is True else f"no_{name}" if name == "EVEN" else None for name, value in flags.items()]
     main = next(iter(pointers.values()))
     name = "-".join([kernel.__name__, main, *(text.lower() for text in described if text)])
-    return Build(name, kernel, tuple(pointers.items()), tuple({**flags, "BLOCK": blocks.BLOCK}.items()))
+    return Build(name, kernel, tuple(pointers.items()), tuple({"BLOCK": blocks.BLOCK, **flags}.items()))
 
 
 def perturb_build(weight: str, backup=True, masked=False, adaptive=False, zero_grad=False, random=False, even=True):
@@ -131,6 +131,11 @@ def topk_builds(values: str) -> list[Build]:
     ]
 
 
+def sparse_builds(values: str, index: str = "i32") -> list[Build]:
+    pointers = {"compact_ptr": values, "addresses_ptr": "i64", "jobs_ptr": "i64", "index_ptr": index}
+    return [build(sparse.sparse_kernel, pointers, SCATTER=scatter, BLOCK=256) for scatter in (True, False)]
+
+
 # What a run without options launches: SAM with fp32 or bf16 weights, fp16, with and without master weights.
 MAIN = [
     *(perturb_build(weight) for weight in ("fp32", "bf16", "fp16")),
@@ -170,6 +175,7 @@ RARE = [
     adamw_build("fp16", anchor=True, amsgrad=True),
     adamw_build("fp16", other=True, perturb=True),
     *(adamw_build("fp16", master=True, **{mode: True}) for mode in ("other", "perturb")),
+    *sparse_builds("fp64", "i64"),
 ]
 REDUCTIONS = [
     norm_build("fp32"),
@@ -186,7 +192,8 @@ RARE_REDUCTIONS = [
     gap_build("fp16", "fp64", even=False),
     *topk_builds("fp64"),
 ]
-ELEMENT_WISE = MAIN + METHODS + OPTIONS
+SPARSE = [*sparse_builds("fp32"), *sparse_builds("bf16")]
+ELEMENT_WISE = MAIN + METHODS + OPTIONS + SPARSE
 
 
 def on(targets: list[int], builds: list[Build]):
