@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fsam_triton import fisher, ops
-from fsam_triton.fisher import estimate_fisher
+from fsam_triton import ops
+from fsam_triton.fisher import estimate_fisher, slow
 from fsam_triton.kernels import reference
 
 STATISTICS = ["square", "abs"]
@@ -220,13 +220,13 @@ def assert_equal_but_for_rounding(actual, expected, statistic="square", rtol=1e-
 def slow_names(monkeypatch) -> set[str]:
     """Fills with the names of parameters that go the slow way."""
     seen: set[str] = set()
-    original = fisher.SlowPasses.add
+    original = slow.SlowPasses.add
 
     def add(self, names, batch):
         seen.update(names)
         original(self, names, batch)
 
-    monkeypatch.setattr(fisher.SlowPasses, "add", add)
+    monkeypatch.setattr(slow.SlowPasses, "add", add)
     return seen
 
 
@@ -553,13 +553,13 @@ def test_use_that_comes_up_in_a_later_batch_is_found():
 
 def test_slow_way_of_a_parameter_does_several_samples_at_once(monkeypatch):
     """The loop serves only to check vmap on one sample."""
-    sizes, original = [], fisher.SlowPasses.by_loop
+    sizes, original = [], slow.SlowPasses.by_loop
 
     def by_loop(self, names, batch):
         sizes.append(batch.size)
         return original(self, names, batch)
 
-    monkeypatch.setattr(fisher.SlowPasses, "by_loop", by_loop)
+    monkeypatch.setattr(slow.SlowPasses, "by_loop", by_loop)
     make, batches = MODELS["raw"]
     estimate(made(make), batches)
     assert sizes == [1]
@@ -569,7 +569,7 @@ def test_slow_way_needs_no_more_memory_than_it_is_given(monkeypatch):
     """One sample at a time, if there is no room for two."""
     make, batches = MODELS["raw"]
     model = made(make)
-    monkeypatch.setattr(fisher, "ELEMENTS", 1)
+    monkeypatch.setattr(slow, "ELEMENTS", 1)
     assert_equal_but_for_rounding(estimate(model, batches), by_loop(model, batches))
 
 

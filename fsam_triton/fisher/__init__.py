@@ -1,0 +1,3 @@
+"""The diagonal Fisher information of a model's parameters: what FISH masks are chosen by."""
+
+from .estimate import estimate_fisher as estimate_fisher

@@ -1,0 +1,135 @@
+"""`estimate_fisher`: the diagonal Fisher information of a model's parameters from per-sample gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import check
+from ..kernels.reference import compute_dtype
+from .hooked import HookedPasses
+from .objective import Batch, Objective
+from .slow import SlowPasses
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+
+
+def estimate_fisher(
+    model: nn.Module,
+    dataloader: Iterable,
+    num_samples: int,
+    kind: str = "label",
+    statistic: str = "square",
+    loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Estimate the diagonal of the Fisher information matrix (FISH masks, arXiv 2111.09839, eq. 2 to 6).
+
+    With g(x, y) the gradient of one sample's loss, -log p(y | x) by default, and N samples:
+
+        kind="label":   F = 1/N sum_i g(x_i, y_i)^2                      (eq. 6, the empirical Fisher information)
+        kind="expect":  F = 1/N sum_i sum_y p(y | x_i) g(x_i, y)^2       (eq. 4, classes weighted as the model does)
+
+    The squares are those of single samples' gradients, not of a batch's. They come from one forward pass and one
+    backward pass a batch (with "expect" a backward pass a class) as long as a parameter is used by functions that are
+    known here: those of Linear, Embedding, Conv2d, LayerNorm, RMSNorm, GroupNorm, BatchNorm and transformers' Conv1D,
+    sums and products with a parameter. Any other parameter takes a slower way with the same result.
+
+    The model is in eval mode meanwhile, so that samples neither drop out nor see each other; its modes are restored
+    afterwards. `p.grad`, `requires_grad` and hooks stay as they are. Under `torch.autocast`, or with weights of 16
+    bits, products of 16-bit numbers are summed in fp32; fp16 gradients can underflow, as there is no loss scaling.
+
+    Args:
+        model: takes the batches, returns logits or an object that has `logits`.
+        dataloader: gives dicts with the key "labels" (called as `model(**batch)`) or pairs (inputs, labels) (called as
+            `model(inputs)`); the first dimension of tensors counts samples. Tensors are sent to the model's device.
+        num_samples: how many samples to use; the last batch is cut. If there are fewer, they are used, with a warning.
+        kind: "label" for the given labels, "expect" for an expectation over the model's own (needs no labels).
+        statistic: "square", or "abs" for the mean of |g| in place of g^2.
+        loss_fn: for kind="label": `loss_fn(logits, labels)` returns one loss a sample. Default: cross entropy of
+            logits [batch, classes]. Logits of 16 bits are made fp32 first.
+        progress: whether to show a progress bar, if tqdm is installed.
+
+    Returns:
+        The estimate by name for each parameter that requires a gradient (tied ones under their first name), in its
+        shape, fp32 (fp64 for fp64 parameters).
+
+    Raises:
+        ValueError: an argument or a batch is not as described.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> _ = model.weight.data.zero_(), model.bias.data.zero_()
+        >>> batches = [(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0, 1]))]
+        >>> estimate_fisher(model, batches, num_samples=2, progress=False)["weight"]
+        tensor([[1.2500, 2.5000],
+                [1.2500, 2.5000]])
+    """
+    integer = isinstance(num_samples, int) and not isinstance(num_samples, bool)
+    check(integer and num_samples > 0, "num_samples", num_samples, "a positive integer is expected")
+    check(kind in ("label", "expect"), "kind", kind, "'label' or 'expect' is expected")
+    check(statistic in ("square", "abs"), "statistic", statistic, "'square' or 'abs' is expected")
+    check(loss_fn is None or callable(loss_fn), "loss_fn", loss_fn, "a function of logits and labels is expected")
+    check(loss_fn is None or kind == "label", "loss_fn", loss_fn, "kind='expect' takes the model's own probabilities")
+    replicas = isinstance(model, nn.parallel.DistributedDataParallel)
+    check(not replicas, "model", type(model).__name__, "its .module is expected: each process has samples of its own")
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    check(len(params) > 0, "model", type(model).__name__, "it has no parameter that requires a gradient")
+    for name, p in params.items():
+        local = not hasattr(p, "device_mesh") and not nn.parameter.is_lazy(p)
+        check(local, f"model: parameter {name}", type(p).__name__, "parameters must be whole tensors")
+
+    objective = Objective(kind, statistic == "abs", loss_fn)
+    fisher = {name: torch.zeros(p.shape, dtype=compute_dtype(p.dtype), device=p.device) for name, p in params.items()}
+    device = next(iter(params.values())).device
+    hooked, slow = HookedPasses(params, fisher, objective), SlowPasses(model, params, fisher, objective)
+    done = 0
+    with _evaluating(model), torch.enable_grad(), _progress_bar(num_samples, progress) as advance:
+        for raw in dataloader:
+            batch = Batch.of(raw, device, labelled=kind == "label")[: num_samples - done]
+            if batch.size == 0:
+                continue
+            hooked.add(model, batch)
+            slow.add([name for name, p in params.items() if id(p) in hooked.slow], batch)
+            done += batch.size
+            advance(batch.size)
+            if done == num_samples:
+                break
+    check(done > 0, "dataloader", dataloader, "it gives no samples")
+    if done < num_samples:
+        warnings.warn(f"estimate_fisher: {done} samples instead of {num_samples}: the loader ended", stacklevel=2)
+    return {name: total.div_(done) for name, total in fisher.items()}
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and uncompiled: what torch.compile made of it would hide the uses of parameters."""
+    before = [(module, module.training) for module in model.modules()]
+    compiling = "torch._dynamo" in sys.modules
+    try:
+        model.eval()
+        with torch.compiler.set_stance("force_eager") if compiling else contextlib.nullcontext():
+            yield
+    finally:
+        # Through train(), which some modules do more in than set the flag, and then module by module.
+        model.train(before[0][1])
+        for module, training in before:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int, show: bool) -> Iterator[Callable[[int], Any]]:
+    if not show or tqdm is None:
+        yield lambda samples: None
+        return
+    with tqdm(total=total, desc="Fisher information", unit="sample") as bar:
+        yield bar.update

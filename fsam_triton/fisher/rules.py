@@ -1,0 +1,241 @@
+"""Rules: how per-sample gradients of a parameter follow from those of the output of a function that is given it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .gradients import Dense, Lookup, Part, Product, SharedLookup
+from .objective import wide
+
+if TYPE_CHECKING:
+    from .hooked import HookedPasses
+
+
+def _matrix(x: Tensor, grads: Tensor, by_sample: Callable[[Tensor], Tensor]) -> Product:
+    # Under autocast the function has multiplied what it was given in the type of its result.
+    return Product(by_sample(x.detach()).to(grads.dtype), grads)
+
+
+def _bias(grads: Tensor) -> Dense:
+    return Dense(wide(grads).sum(1))
+
+
+def _linear(passes: HookedPasses, input, weight, bias=None):
+    rows = input.dim() - 1
+    if passes.special(input) or not passes.splits(input.shape[:rows]) or rows == 0:
+        return NotImplemented
+    output = F.linear(input, passes.constant(weight), passes.constant(bias))
+    by_sample = functools.partial(passes.by_sample, row_dims=rows)
+    return passes.record(output, rows, (weight, lambda d: _matrix(input, d, by_sample)), (bias, _bias))
+
+
+def _addmm(passes: HookedPasses, input, mat1, mat2, *, beta=1, alpha=1):
+    """transformers' Conv1D: a linear layer whose weight is [in, out]."""
+    if beta != 1 or alpha != 1 or input.dim() != 1 or passes.special(mat1) or not passes.splits(mat1.shape[:1]):
+        return NotImplemented
+    output = torch.addmm(passes.constant(input), mat1, passes.constant(mat2))
+
+    def weight(grads: Tensor) -> Product:
+        product = _matrix(mat1, grads, functools.partial(passes.by_sample, row_dims=1))
+        return Product(product.grads, product.inputs)
+
+    return passes.record(output, 1, (mat2, weight), (input, _bias))
+
+
+def _embedding(
+    passes: HookedPasses,
+    input,
+    weight,
+    padding_idx=None,
+    max_norm=None,
+    norm_type=2.0,
+    scale_grad_by_freq=False,
+    sparse=False,
+):
+    if max_norm is not None or scale_grad_by_freq or id(weight) not in passes.params or input.numel() == 0:
+        return NotImplemented
+    output = F.embedding(input, weight.detach())
+    padding = None if padding_idx is None else padding_idx % len(weight)
+
+    def lookup(indices: Tensor, grads: Tensor) -> Lookup:
+        grads = wide(grads)
+        if padding is not None:
+            grads = grads.masked_fill((indices == padding)[..., None], 0.0)
+        return Lookup(indices, grads)
+
+    # There can be as many positions as samples; the first three samples will have told which they are.
+    if input.dim() and len(input) == passes.size and id(weight) not in passes.positional:
+        own = input.reshape(passes.size, -1)
+        return passes.record(output, input.dim(), (weight, lambda d: lookup(own, d)))
+    if id(weight) not in passes.slow:
+        passes.positional.add(id(weight))
+        output = output.requires_grad_().clone()
+        passes.shared[id(output)] = SharedLookup(id(weight), output, input, lookup)
+    return output
+
+
+def _affine(normalise: Callable[[Tensor], Tensor], passes: HookedPasses, output, input, weight, bias, channels: bool):
+    """Of a normalised input; the parameters span the last dimensions, or channels, followed by others."""
+    shape = next(p.shape for p in (weight, bias) if p is not None)
+    rows = 1 if channels else input.dim() - len(shape)
+
+    def total(grads: Tensor) -> Dense:
+        # [batch, rows of a sample, *shape, pixels].
+        return Dense(grads.reshape(*grads.shape[:2], *shape, -1).sum((1, -1)))
+
+    def scale(grads: Tensor) -> Dense:
+        return total(wide(grads) * passes.by_sample(normalise(wide(input.detach())), rows))
+
+    return passes.record(output, rows, (weight, scale), (bias, lambda d: total(wide(d))))
+
+
+def _layer_norm(passes: HookedPasses, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    if passes.special(input) or not passes.splits(input.shape[: input.dim() - len(normalized_shape)]):
+        return NotImplemented
+    output = F.layer_norm(input, normalized_shape, passes.constant(weight), passes.constant(bias), eps)
+    normalise = functools.partial(F.layer_norm, normalized_shape=normalized_shape, eps=eps)
+    return _affine(normalise, passes, output, input, weight, bias, channels=False)
+
+
+def _rms_norm(passes: HookedPasses, input, normalized_shape, weight=None, eps=None):
+    if passes.special(input) or not passes.splits(input.shape[: input.dim() - len(normalized_shape)]):
+        return NotImplemented
+    output = F.rms_norm(input, normalized_shape, passes.constant(weight), eps)
+    normalise = functools.partial(F.rms_norm, normalized_shape=normalized_shape, eps=eps)
+    return _affine(normalise, passes, output, input, weight, None, channels=False)
+
+
+def _group_norm(passes: HookedPasses, input, num_groups, weight=None, bias=None, eps=1e-5):
+    if passes.special(input) or not passes.splits(input.shape[:1]):
+        return NotImplemented
+    output = F.group_norm(input, num_groups, passes.constant(weight), passes.constant(bias), eps)
+    normalise = functools.partial(F.group_norm, num_groups=num_groups, eps=eps)
+    return _affine(normalise, passes, output, input, weight, bias, channels=True)
+
+
+def _batch_norm(
+    passes: HookedPasses,
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+):
+    """In eval mode. With statistics of the batch, samples are not independent of each other."""
+    if training or passes.special(input) or not passes.splits(input.shape[:1]):
+        return NotImplemented
+    statistics = (running_mean, running_var)
+    output = F.batch_norm(input, *statistics, passes.constant(weight), passes.constant(bias), False, momentum, eps)
+
+    def normalise(x: Tensor) -> Tensor:
+        return F.batch_norm(x, *(statistic.to(x.dtype) for statistic in statistics), eps=eps)
+
+    return _affine(normalise, passes, output, input, weight, bias, channels=True)
+
+
+def _conv2d(passes: HookedPasses, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    if input.dim() != 4 or passes.special(input) or not passes.splits(input.shape[:1]):
+        return NotImplemented
+    output = F.conv2d(input, passes.constant(weight), passes.constant(bias), stride, padding, dilation, groups)
+    height, width = weight.shape[2:]
+
+    def patches(dtype: torch.dtype) -> Tensor:
+        """[images, pixels of a patch, patches]."""
+        x, zeros = input.detach(), padding
+        if padding == "same":
+            down, across = (dilation, dilation) if isinstance(dilation, int) else dilation
+            total = (across * (width - 1), down * (height - 1))
+            x = F.pad(x, [side for t in total for side in (t // 2, t - t // 2)])
+        if isinstance(padding, str):
+            zeros = 0
+        return F.unfold(x.to(dtype), (height, width), dilation, zeros, stride)
+
+    def product(grads: Tensor) -> Part:
+        columns = patches(grads.dtype)
+        if groups == 1:
+            a = columns.transpose(1, 2).reshape(passes.size, -1, columns.shape[1])
+            return Product(a, grads.flatten(3).transpose(2, 3).flatten(1, 2))
+        d = wide(grads).reshape(len(columns), groups, -1, columns.shape[2])
+        a = wide(columns).reshape(len(columns), groups, -1, columns.shape[2])
+        return Dense((d @ a.mT).reshape(passes.size, -1, *weight.shape).sum(1))
+
+    def total(grads: Tensor) -> Dense:
+        return Dense(wide(grads).sum((1, 3, 4)))
+
+    return passes.record(output, 1, (weight, product), (bias, total))
+
+
+def _broadcast(func: Callable, passes: HookedPasses, *args, in_place: bool = False, **kwargs):
+    """Sums, products and expand: one copy of the parameter for each sample (in no memory of its own) gets gradients."""
+    if any(map(passes.special, kwargs.values())) or (in_place and passes.special(args[0])):
+        return NotImplemented
+    if func is torch.Tensor.expand:
+        shape = args[0].detach().expand(*args[1:], **kwargs).shape
+    else:
+        shape = torch.broadcast_shapes(*(x.shape for x in args if isinstance(x, Tensor)))
+    if shape[:1] != (passes.size,):
+        return NotImplemented
+    copies = []
+    for x in args:
+        if passes.special(x):
+            one = (1,) * (len(shape) - x.dim()) + x.shape
+            if one[0] != 1:
+                return NotImplemented
+            x = _copies(passes, x, one)
+        copies.append(x)
+    return func(*copies, **kwargs)
+
+
+def _copies(passes: HookedPasses, x: Tensor, one: tuple[int, ...]) -> Tensor:
+    """x, a parameter or a shared embedding, as [samples, *one[1:]]."""
+    shared, key = passes.shared.get(id(x)), id(x)
+    if shared is None:
+
+        def make(d: Tensor) -> Dense:
+            return Dense(wide(d).reshape(passes.size, *x.shape))
+    else:
+        key, indices = shared.key, shared.indices.reshape(1, -1).expand(passes.size, -1)
+
+        def make(d: Tensor) -> Any:
+            return shared.lookup(indices, d.reshape(*indices.shape, -1))
+
+    copies = x.detach().view(one).expand(passes.size, *one[1:])
+    # Nothing changes an operand in place, so it can be a leaf.
+    return passes.record(copies if key in passes.slow else copies.requires_grad_(), 1, (passes.params[key], make))
+
+
+ELEMENTWISE = ("add", "sub", "mul", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__")
+IN_PLACE = ("add_", "sub_", "mul_", "__iadd__", "__isub__", "__imul__")
+RULES: dict[Callable, Callable] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    F.embedding: _embedding,
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    F.group_norm: _group_norm,
+    F.batch_norm: _batch_norm,
+    F.conv2d: _conv2d,
+    **{
+        func: functools.partial(_broadcast, func)
+        for func in (
+            torch.add,
+            torch.sub,
+            torch.mul,
+            torch.Tensor.expand,
+            *(getattr(torch.Tensor, name) for name in ELEMENTWISE),
+        )
+    },
+    **{
+        func: functools.partial(_broadcast, func, in_place=True)
+        for func in (getattr(torch.Tensor, name) for name in IN_PLACE)
+    },
+}
