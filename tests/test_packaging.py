@@ -35,8 +35,13 @@ def in_metadata(wheel: zipfile.ZipFile, name: str) -> str:
     return wheel.read(path).decode()
 
 
-def test_wheel_has_every_module_of_both_packages(wheel):
-    for package, folder in (("fsam_triton", ROOT / "fsam_triton"), ("fsam_triton/kernels", ROOT / "kernels")):
+def test_wheel_has_every_module_of_every_package(wheel):
+    folders = {
+        "fsam_triton": ROOT / "fsam_triton",
+        "fsam_triton/integrations": ROOT / "fsam_triton" / "integrations",
+        "fsam_triton/kernels": ROOT / "kernels",
+    }
+    for package, folder in folders.items():
         inside = {name for name in wheel.namelist() if name.endswith(".py") and name.rpartition("/")[0] == package}
         assert inside == {f"{package}/{path.name}" for path in folder.glob("*.py")}
 

@@ -8,45 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fsam_triton import MomentumSAM
+from tests.integration.tiny import assert_equal, batch_of, bert, copied, samples, saved_in
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
-safetensors = pytest.importorskip("safetensors.torch")
 
 MOMENTUM_SAM = (MomentumSAM, {"lr": 0.01, "rho": 1.0})
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models of a few thousand weights: threads would spend the time waiting for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def bert(seed: int = 0) -> nn.Module:
-    """A tiny BERT classifier, with dropout."""
-    torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        vocab_size=32,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=8,
-    )
-    return transformers.BertForSequenceClassification(config)
-
-
-def samples(n: int, seed: int) -> list[dict[str, Tensor]]:
-    tokens = torch.randint(32, (n, 8), generator=torch.Generator().manual_seed(seed))
-    return [{"input_ids": row, "labels": row[0] % 2} for row in tokens]
-
-
-def batch_of(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TRAINING, EVALUATION = samples(40, 1), samples(16, 2)
 
@@ -66,10 +34,6 @@ class CleanWeights(transformers.TrainerCallback):
         if was_perturbed:
             optimizer.train()
         assert all(torch.equal(p, held[name]) for name, p in model.named_parameters())
-
-
-def copied(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def trainer_for(folder: Path, model: nn.Module, callbacks=(), optimizers=None, **arguments):
@@ -92,16 +56,6 @@ def trainer_for(folder: Path, model: nn.Module, callbacks=(), optimizers=None, *
     return transformers.Trainer(
         model, args, train_dataset=TRAINING, eval_dataset=EVALUATION, callbacks=[*callbacks], **given
     )
-
-
-def saved_in(folder: Path) -> dict[str, Tensor]:
-    return safetensors.load_file(folder / "model.safetensors")
-
-
-def assert_equal(weights: dict[str, Tensor], others: dict[str, Tensor]) -> None:
-    assert weights.keys() == others.keys()
-    for name, weight in weights.items():
-        assert torch.equal(weight, others[name]), name
 
 
 def finish(trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

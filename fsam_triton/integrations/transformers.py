@@ -1,0 +1,210 @@
+"""Sharpness-aware steps for transformers' Trainer, and optimizers made from its TrainingArguments."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from ..adamw_l2sp import AdamWL2SP
+from ..clean_state import show_clean
+from ..errors import check
+from ..fsam import FSAM
+
+
+def create_optimizer(
+    model: nn.Module,
+    args: TrainingArguments,
+    optimizer_cls: type[AdamWL2SP] = FSAM,
+    *,
+    novel: Collection[str] = (),
+    decays: Collection[str] | None = None,
+    **kwargs: Any,
+) -> AdamWL2SP:
+    """An optimizer with the groups that Trainer makes, with names, and what the TrainingArguments say of AdamW.
+
+    Args:
+        model: its trainable parameters are moved into the optimizer's buffers.
+        args: learning_rate, adam_beta1, adam_beta2, adam_epsilon, weight_decay and seed are read. ``optim`` is not, nor
+            max_grad_norm: Trainer clips by itself.
+        optimizer_cls: FSAM, MomentumSAM or AdamWL2SP (default: FSAM).
+        novel: names of parameters that have no pre-trained value, the ``missing_keys`` of ``from_pretrained(...,
+            output_loading_info=True)`` say: with ``l2_sp`` they decay to zero, all others to their present values
+            (default: none).
+        decays: names of the parameters with weight decay (default: Trainer's choice, all but biases and norm layers).
+        **kwargs: every other argument of the optimizer; they go before what ``args`` says.
+
+    Raises:
+        ValueError: novel and anchors are both given; or what the optimizer raises.
+
+    Example:
+        >>> import transformers
+        >>> from fsam_triton.integrations.transformers import create_optimizer
+        >>> config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8)
+        >>> model = transformers.GPT2LMHeadModel(config)
+        >>> args = transformers.TrainingArguments(learning_rate=2e-5, weight_decay=0.1, use_cpu=True)
+        >>> optimizer = create_optimizer(model, args, rho=0.1)
+        >>> [(group["lr"], group["rho"], group["weight_decay"]) for group in optimizer.param_groups]
+        [(2e-05, 0.1, 0.1), (2e-05, 0.1, 0.0)]
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if novel:
+        check("anchors" not in kwargs, "novel", novel, "must be empty with anchors, which leave out what is novel")
+        kwargs["anchors"] = {name: p for name, p in named if name not in set(novel)}
+    if decays is None:
+        # It is a method, but of the model alone.
+        decays = Trainer.get_decay_parameter_names(None, model)
+    decays = set(decays)
+    groups = [
+        {"params": [(name, p) for name, p in named if name in decays]},
+        {"params": [(name, p) for name, p in named if name not in decays], "weight_decay": 0.0},
+    ]
+    from_args = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+        "seed": args.seed,
+    }
+    return optimizer_cls([group for group in groups if group["params"]], **{**from_args, **kwargs})
+
+
+class SharpnessAwareMixin:
+    """Makes a step of transformers' Trainer two passes, and of classes derived from it: it goes before them.
+
+    The gradients of all micro-batches of a step make the perturbation; then the same micro-batches are passed once more
+    at the perturbed weights, by the ``training_step`` of the class below. Logged are the loss at the weights, and the
+    norm of the gradient at the perturbed ones, which ``args.max_grad_norm`` clips. The schedule of the `FSAM` decides
+    which steps have a second pass. Running statistics (BatchNorm) are those of the first passes. State dicts of the
+    model show clean weights at any time, and an exception leaves them in the parameters.
+
+    Args:
+        *args, **kwargs: of the class below; ``optimizers`` and ``optimizer_cls_and_kwargs`` can give an FSAM.
+        optimizer_kwargs: arguments of `create_optimizer` (default: None, an FSAM of the TrainingArguments).
+        same_dropout: make the second pass with the dropout masks of the first, by PyTorch's random numbers of the CPU
+            and the training device; those after the step are then the ones after one pass (default: False, masks of
+            its own).
+
+    Raises:
+        ValueError: the optimizer is not an FSAM, or wants single samples (gamma < 1); optimizer_kwargs are given beside
+            an optimizer; DeepSpeed or FSDP is to be used.
+
+    Example:
+        >>> import transformers
+        >>> from fsam_triton.integrations.transformers import SharpnessAwareMixin
+        >>> class SAMSeq2SeqTrainer(SharpnessAwareMixin, transformers.Seq2SeqTrainer):
+        ...     pass
+    """
+
+    def __init__(
+        self, *args: Any, optimizer_kwargs: Mapping[str, Any] | None = None, same_dropout: bool = False, **kwargs: Any
+    ) -> None:
+        self.optimizer_kwargs = dict(optimizer_kwargs or {})
+        self.same_dropout = same_dropout
+        # The micro-batches of the step so far: inputs, number of items in all of them, random state before the pass.
+        self._passed: list[tuple[dict[str, Any], Tensor | int | None, list[Tensor] | None]] = []
+        super().__init__(*args, **kwargs)
+        unused = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        allowed = "must be None with optimizers or optimizer_cls_and_kwargs"
+        check(not (optimizer_kwargs and unused), "optimizer_kwargs", optimizer_kwargs, allowed)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        check(not sharded, "args", "DeepSpeed or FSDP", "must be without: their parameters cannot be perturbed")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the FSAM, unless there is one, as :meth:`transformers.Trainer.create_optimizer`."""
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            model = self.model if model is None else model
+            decays = self.get_decay_parameter_names(model)
+            self.optimizer = create_optimizer(model, self.args, **{"decays": decays, **self.optimizer_kwargs})
+        optimizer = super().create_optimizer(model)
+        own = self._sam
+        check(isinstance(own, FSAM), "optimizer", type(own).__name__, "must be an FSAM; others need no second pass")
+        check(own.gamma == 1, "gamma", own.gamma, "must be 1 with a Trainer: it has no losses of single samples")
+        if optimizer is own:
+            # Not yet wrapped, so not seen before.
+            show_clean(own, [p for group in own.param_groups for p in group["params"]])
+        return optimizer
+
+    @property
+    def _sam(self) -> torch.optim.Optimizer:
+        """The optimizer under accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as :meth:`transformers.Trainer.train`."""
+        self._passed.clear()
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException:
+            # Between the second pass and the step Trainer clips gradients and calls callbacks.
+            if isinstance(self._sam, FSAM):
+                self._sam.restore()
+            raise
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Pass a micro-batch, as :meth:`transformers.Trainer.training_step`; after the last one of a step, all anew.
+
+        Returns:
+            The loss at the clean weights.
+        """
+        optimizer = self._sam
+        if not optimizer.is_sharp:
+            return super().training_step(model, inputs, num_items_in_batch)
+        random = _random_state(self.args.device) if self.same_dropout else None
+        self._passed.append((inputs, num_items_in_batch, random))
+        try:
+            with optimizer.ascent_pass():
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            if self.accelerator.sync_gradients:
+                optimizer.perturb(self.accelerator.scaler)
+                with _statistics_kept(model):
+                    self._pass_again(model)
+        except BaseException:
+            # Trainer catches some itself (auto_find_batch_size) and goes on.
+            self._passed.clear()
+            optimizer.restore()
+            raise
+        return loss
+
+    def _pass_again(self, model: nn.Module) -> None:
+        while self._passed:
+            inputs, num_items_in_batch, random = self._passed.pop(0)
+            if random is not None:
+                _set_random_state(self.args.device, random)
+            with self.accelerator.no_sync(model) if self._passed else contextlib.nullcontext():
+                super().training_step(model, inputs, num_items_in_batch)
+
+
+class SAMTrainer(SharpnessAwareMixin, Trainer):
+    """transformers' Trainer with sharpness-aware steps; see `SharpnessAwareMixin`."""
+
+
+@contextlib.contextmanager
+def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """At its end, puts back the running statistics of BatchNorm and its kind."""
+    layers = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
+    buffers = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+    values = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, values, strict=True):
+            buffer.copy_(value)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """States of PyTorch's generators of the CPU and of the device."""
+    own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
+    return [torch.get_rng_state(), *own]
+
+
+def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.get_device_module(device).set_rng_state(state)
