@@ -115,8 +115,8 @@ def save_delta(model: Module, mask: FishMask, path: str | os.PathLike[str], base
     # Through state_dict(), because it shows clean weights.
     state = model.state_dict()
     parameters = {name: state.get(name, p).detach() for name, p in model.named_parameters()}
-    buffers = {name: state[name].cpu().clone(memory_format=torch.contiguous_format) for name in _buffers(model)}
-    values = {name: _take(parameters[name], mask.indices(name)) for name in mask.shapes}
+    buffers = {name: state[name].cpu().clone(memory_format=torch.contiguous_format) for name in saved_buffers(model)}
+    values = {name: take(parameters[name], mask.indices(name)) for name in mask.shapes}
     values = {name: value for name, value in values.items() if len(value)}
     delta = _Delta(mask, _fingerprint(parameters, mask), values, buffers)
     if base is not None:
@@ -191,7 +191,7 @@ def merge_deltas(
     values = {}
     for name in {name: None for delta in deltas for name in delta.values}:
         indices, p = mask.indices(name), parameters[name]
-        old = _take(p, indices).double() if how == "sum" else torch.zeros(len(indices), dtype=torch.float64)
+        old = take(p, indices).double() if how == "sum" else torch.zeros(len(indices), dtype=torch.float64)
         total, count = torch.zeros_like(old), torch.zeros_like(old)
         for delta in deltas:
             if name in delta.values:
@@ -299,13 +299,13 @@ def from_pretrained(
     return model
 
 
-def _buffers(model: Module) -> list[str]:
+def saved_buffers(model: Module) -> list[str]:
     """The names of the buffers that are saved with a model: others are made of its configuration."""
     state = model.state_dict()
     return [name for name, _ in model.named_buffers() if name in state]
 
 
-def _take(p: Tensor, indices: Tensor) -> Tensor:
+def take(p: Tensor, indices: Tensor) -> Tensor:
     """The weights in these positions of row-major order, whatever the strides; on the CPU."""
     return p.detach().take(indices.to(p.device, torch.int64)).cpu()
 
