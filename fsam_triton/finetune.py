@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from fsam_triton import FSAM, MomentumSAM
-from fsam_triton.options import MEANINGS, SAM_TYPES, Arguments, build_optimizer
+from fsam_triton import FSAM, FishMask, MomentumSAM, SparseMerger, WorkerError, estimate_fisher, save_pretrained
+from fsam_triton.options import MEANINGS, SAM_TYPES, Arguments, build_optimizer, naming_options
 from fsam_triton.report import PeakMemory, Run, format_table, plot_curves, written_whole
 from fsam_triton.texts import (
     InputError,
@@ -125,25 +126,74 @@ def encode(tokenizer, texts, max_seq_length, names=None):
     return features
 
 
+def choose_mask(arguments, path, names, tokenizer, train):
+    """Return the FishMask of the weights to train, in the model that every run starts from; None for all weights.
+
+    Raises:
+        InputError: so small a share does not hold the new head.
+    """
+    if arguments.trains_all:
+        return None
+    transformers.set_seed(arguments.seed)
+    model, novel = load_model(path, names)
+    with naming_options():
+        if arguments.trainable == "bitfit":
+            return FishMask.bias_only(model, sorted(novel))
+        # For fish too, because it refuses too small a share before the Fisher information has been estimated.
+        mask = FishMask.random(model, arguments.keep_ratio, arguments.seed, sorted(novel))
+        if arguments.trainable == "random":
+            return mask
+        scores = fisher_information(arguments, model.to(arguments.device), tokenizer, train)
+        return FishMask.from_scores(scores, arguments.keep_ratio, sorted(novel))
+
+
+def fisher_information(arguments, model, tokenizer, train):
+    """Estimate it from ``--num_fisher_samples`` of the encoded texts, drawn at random, or from all if these are few."""
+    count, size = min(arguments.num_fisher_samples, len(train)), arguments.per_device_train_batch_size
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(arguments.seed))[:count].tolist()
+    collator = transformers.DataCollatorWithPadding(tokenizer)
+    batches = (dict(collator([train[j] for j in order[i : i + size]])) for i in range(0, count, size))
+    with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
+        return estimate_fisher(model, batches, count)
+
+
+def join_workers(arguments):
+    """Join the workers that torchrun has started, if it has; return this one's rank and how many there are."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return 0, 1
+    if not arguments.local_steps:
+        raise InputError("torchrun needs --local_steps: workers merge what they train after so many steps")
+    on_gpu = arguments.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
 class Trainer:
     """One training run: a freshly loaded model, its optimizer and schedule, and the batches in their seeded order.
 
     Two runs with the same seed start from the same weights of the new head, see the same batches in the same order,
-    and start dropout from the same state.
+    and start dropout from the same state. Of several workers, each takes its share of the batches, and the first
+    evaluates what they have merged.
     """
 
-    def __init__(self, arguments, sam_type, path, names, tokenizer, total_steps):
+    def __init__(self, arguments, sam_type, path, names, tokenizer, total_steps, trainable=None, worker=(0, 1)):
         transformers.set_seed(arguments.seed)
         model, novel = load_model(path, names)
         self.arguments = arguments
         self.model = model.to(arguments.device)
         self.total_steps = total_steps
-        self.optimizer = build_optimizer(arguments, sam_type, self.model, novel, total_steps)
+        self.optimizer = build_optimizer(arguments, sam_type, self.model, novel, total_steps, trainable)
         self.scheduler = transformers.get_scheduler(
             arguments.lr_scheduler_type, self.optimizer, math.ceil(total_steps * arguments.warmup_ratio), total_steps
         )
         self.collator = transformers.DataCollatorWithPadding(tokenizer)
         self.run = Run(SAM_TYPES[sam_type])
+        self.rank, self.workers = worker
+        self.merger = None
+        if arguments.local_steps:
+            self.merger = SparseMerger(self.model, self.optimizer, lambda: trainable, local_steps=arguments.local_steps)
 
     def collate(self, features):
         """Return a list of encoded texts as one batch on the device."""
@@ -198,6 +248,8 @@ class Trainer:
         else:
             loss = self.optimizer.step(closure).item()
         self.scheduler.step()
+        if self.merger:
+            self.merger.step()
         self.run.step_seconds.append(time.perf_counter() - start)
         self.run.losses.append(loss)
         return loss
@@ -206,15 +258,22 @@ class Trainer:
         """Train on ``train``; evaluate on ``validation`` after each pass over it and at the end."""
         arguments, size, steps = self.arguments, self.arguments.per_device_train_batch_size, self.total_steps
         generator = torch.Generator().manual_seed(arguments.seed)
-        transformers.set_seed(arguments.seed)
-        with PeakMemory(arguments.device) as peak, tqdm(total=steps, desc=self.run.name, unit="step") as bar:
-            while bar.n < steps:
+        transformers.set_seed(arguments.seed + self.rank)
+        progress = tqdm(total=steps, desc=self.run.name, unit="step", disable=self.rank > 0)
+        with PeakMemory(arguments.device) as peak, progress as bar:
+            while len(self.run.losses) < steps:
                 order = torch.randperm(len(train), generator=generator).tolist()
-                for i in range(0, len(order), size)[: steps - bar.n]:
+                starts = range(0, len(order), size)
+                # Equally many for each worker.
+                starts = starts[: len(starts) // self.workers * self.workers]
+                for i in starts[self.rank :: self.workers][: steps - len(self.run.losses)]:
                     loss = self.step([train[j] for j in order[i : i + size]])
                     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                     bar.update()
-                self.evaluate(validation)
+                if self.merger:
+                    self.merger.finish()
+                if self.rank == 0:
+                    self.evaluate(validation)
         self.run.peak_memory_bytes = peak.bytes
 
 
@@ -254,14 +313,23 @@ def finetune(arguments):
     train, validation = (encode(tokenizer, texts, length, names) for texts in (train, validation))
     arguments.check_mask(load_empty_model(path, names))
     output = make_output_dir(arguments.output_dir)
+    rank, workers = join_workers(arguments)
+    steps = arguments.total_steps(len(train), workers)
 
-    print(description, flush=True)
+    if rank == 0:
+        print(description, flush=True)
+    mask = choose_mask(arguments, path, names, tokenizer, train)
     runs = []
     for sam_type in arguments.sam_type:
-        trainer = Trainer(arguments, sam_type, path, names, tokenizer, arguments.total_steps(len(train)))
+        trainer = Trainer(arguments, sam_type, path, names, tokenizer, steps, mask, (rank, workers))
         trainer.train(train, validation)
+        if rank > 0:
+            continue
         folder = output / sam_type if len(arguments.sam_type) > 1 else output
-        save(trainer.model, tokenizer, folder)
+        if arguments.save_delta:
+            save_pretrained(trainer.model, mask, folder)
+        else:
+            save(trainer.model, tokenizer, folder)
         if test:
             predictions = (names[i] for i in trainer.logits(test).argmax(-1).tolist())
             lines = ["index\tprediction", *(f"{i}\t{prediction}" for i, prediction in enumerate(predictions))]
@@ -270,7 +338,8 @@ def finetune(arguments):
         # The next run's memory is to be its own: a model and its optimizer refer to each other.
         del trainer
         gc.collect()
-    report(arguments, runs, output)
+    if rank == 0:
+        report(arguments, runs, mask, output)
     return runs
 
 
@@ -285,14 +354,19 @@ def make_output_dir(path):
     return folder
 
 
-def report(arguments, runs, output):
-    """Print the table and write ``all_results.json`` and ``training_curves.png``."""
+def report(arguments, runs, mask, output):
+    """Print the table and write ``all_results.json``, ``training_curves.png`` and the mask, if there is one."""
     results = {
         "arguments": dataclasses.asdict(arguments),
+        "trained_weights": mask and mask.count,
         "runs": [{**run.summary(), **dataclasses.asdict(run)} for run in runs],
     }
     write_text(output / "all_results.json", json.dumps(results, indent=1) + "\n")
     print(format_table(runs, PeakMemory(arguments.device).meaning))
+    if mask:
+        print(f"trained weights: {mask.count:,} of {mask.total:,} ({mask.density:.3%})")
+        write_text(output / "mask.txt", mask.table() + "\n")
+        mask.save(output / "mask.safetensors")
     if importlib.util.find_spec("matplotlib"):
         plot_curves(runs, output / "training_curves.png")
     else:
@@ -304,9 +378,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows each option's default, except None, whose meaning the option's own text gives."""
 
     def _get_help_string(self, action):
-        default = MEANINGS[action.dest].default if action.dest in MEANINGS else None
-        if default is not None:
-            return f"{action.help} (default: {default})"
+        defaults = [str(m.default) for m in MEANINGS if m.option == action.dest and m.default is not None]
+        if defaults:
+            return f"{action.help} (default: {' or '.join(defaults)})"
         return action.help if action.default is None else super()._get_help_string(action)
 
 
@@ -330,7 +404,7 @@ def main(argv=None):
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         finetune(arguments)
-    except InputError as error:
+    except (InputError, WorkerError) as error:
         print(f"fsam-finetune: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -3,19 +3,22 @@
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from .adamw_l2sp import AdamWL2SP
+from .fish import FishMask
+from .fisher import estimate_fisher
 from .fsam import FSAM
 from .masks import FisherMask
 from .momentum_sam import MomentumSAM
 from .schedule import Schedule
 from .texts import InputError
 
-# What can be trained, and how tables and plots call it.
+# The optimizers, and how tables and plots call them.
 SAM_TYPES = {
     "none": "AdamW",
     "sam": "SAM",
@@ -27,7 +30,8 @@ SAM_TYPES = {
     "fisher-gsam": "Fisher-GSAM",
     "momentum-sam": "MomentumSAM",
 }
-COMPARED = ["none", "fisher-sam"]
+# Which weights can be trained.
+TRAINABLE = ("all", "fish", "random", "bitfit")
 
 _SHARP = SAM_TYPES.keys() - {"none"}
 _TWO_PASSES = _SHARP - {"momentum-sam"}
@@ -38,44 +42,48 @@ FISHER = {"fisher-sam", "fisher-esam", "fisher-gsam"}
 
 @dataclass(frozen=True)
 class Meaning:
-    """What an option is to the library.
+    """A use that the library has for an option; one option may have several.
 
     Args:
-        owner: the class that takes it.
-        argument: what it is called there, and in that class's errors.
+        option: its name.
+        owner: the class or function that takes it.
+        argument: what it is called there, and in that owner's errors.
         default: its value where the command line does not give it.
-        sam_types: the ones that have a use for it.
+        users: the values of ``--sam_type`` or of ``--trainable`` that have this use for it.
     """
 
-    owner: type
+    option: str
+    owner: Callable
     argument: str
     default: float | str | None
-    sam_types: set[str]
+    users: set[str]
 
 
-MEANINGS = {
-    "rho": Meaning(FSAM, "rho", 0.05, _SHARP),
-    "alpha": Meaning(FSAM, "alpha", 0.4, _GSAM),
-    "beta": Meaning(FSAM, "beta", 0.5, _ESAM),
-    "gamma": Meaning(FSAM, "gamma", 0.5, _ESAM),
-    "beta_per": Meaning(FSAM, "beta_per", "tensor", _ESAM),
-    "keep_ratio": Meaning(FisherMask, "keep_ratio", 0.1, FISHER),
-    "mask_interval": Meaning(FisherMask, "interval", 10, FISHER),
-    "mask_unit": Meaning(FisherMask, "unit", "element", FISHER),
-    "mask_samples": Meaning(FisherMask, "samples", 1, FISHER),
-    "mask_scores": Meaning(FisherMask, "scores", "fisher", FISHER),
-    "mask_excluded": Meaning(FisherMask, "excluded", "always", FISHER),
-    "mask_norm": Meaning(FSAM, "mask_norm", "all", FISHER),
-    "sam_every": Meaning(Schedule, "every", 1, _TWO_PASSES),
-    "sam_reuse": Meaning(Schedule, "reuse", 0.0, _TWO_PASSES - _GSAM),
-    "sam_last": Meaning(Schedule, "last", 1.0, _SHARP),
-    "rho_warmup_ratio": Meaning(Schedule, "rho_warmup", 0.0, _SHARP),
-    "rho_follows": Meaning(Schedule, "rho_follows", None, _SHARP),
-    "rho_min": Meaning(Schedule, "rho_min", 0.0, _SHARP),
-}
+MEANINGS = [
+    Meaning("rho", FSAM, "rho", 0.05, _SHARP),
+    Meaning("alpha", FSAM, "alpha", 0.4, _GSAM),
+    Meaning("beta", FSAM, "beta", 0.5, _ESAM),
+    Meaning("gamma", FSAM, "gamma", 0.5, _ESAM),
+    Meaning("beta_per", FSAM, "beta_per", "tensor", _ESAM),
+    Meaning("keep_ratio", FisherMask, "keep_ratio", 0.1, FISHER),
+    Meaning("keep_ratio", FishMask, "keep_ratio", 0.005, {"fish", "random"}),
+    Meaning("num_fisher_samples", estimate_fisher, "num_samples", 1024, {"fish"}),
+    Meaning("mask_interval", FisherMask, "interval", 10, FISHER),
+    Meaning("mask_unit", FisherMask, "unit", "element", FISHER),
+    Meaning("mask_samples", FisherMask, "samples", 1, FISHER),
+    Meaning("mask_scores", FisherMask, "scores", "fisher", FISHER),
+    Meaning("mask_excluded", FisherMask, "excluded", "always", FISHER),
+    Meaning("mask_norm", FSAM, "mask_norm", "all", FISHER),
+    Meaning("sam_every", Schedule, "every", 1, _TWO_PASSES),
+    Meaning("sam_reuse", Schedule, "reuse", 0.0, _TWO_PASSES - _GSAM),
+    Meaning("sam_last", Schedule, "last", 1.0, _SHARP),
+    Meaning("rho_warmup_ratio", Schedule, "rho_warmup", 0.0, _SHARP),
+    Meaning("rho_follows", Schedule, "rho_follows", None, _SHARP),
+    Meaning("rho_min", Schedule, "rho_min", 0.0, _SHARP),
+]
 
 # The option behind each name that an error of the library begins with.
-_OPTION_OF = {meaning.argument: name for name, meaning in MEANINGS.items()} | {
+_OPTION_OF = {meaning.argument: meaning.option for meaning in MEANINGS} | {
     "learning rate": "learning_rate",
     "beta parameter at index 0": "adam_beta1",
     "beta parameter at index 1": "adam_beta2",
@@ -113,14 +121,25 @@ class Arguments:
 
     sam_type: list[str] | None = dataclasses.field(
         default=None,
-        metadata={"choices": list(SAM_TYPES), "help": "one, or several to compare (default: none fisher-sam)"},
+        metadata={
+            "choices": list(SAM_TYPES),
+            "help": "one, or several to compare (default: none fisher-sam, or none sam unless all weights are trained)",
+        },
     )
+    trainable: Literal[TRAINABLE] = option(
+        "all", "weights: all, a share by Fisher information, one at random, or biases; a new head always"
+    )
+    num_fisher_samples: int | None = tuning("fish: training texts that the Fisher information is estimated from")
+    save_delta: bool = option(False, "save the trained weights alone, for fsam_triton.from_pretrained")
+    local_steps: int | None = option(None, "with torchrun: workers merge the trained weights every so many steps")
     rho: float | None = tuning("radius of the perturbation")
     alpha: float | None = tuning("gsam types: weight of the surrogate gap")
     beta: float | None = tuning("esam types: part of the tensors, or weights, that is perturbed")
     beta_per: Literal["tensor", "element"] | None = tuning("esam types: what --beta draws")
     gamma: float | None = tuning("esam types: part of the batch in the second pass")
-    keep_ratio: float | None = tuning("fisher types: share of the weights that is perturbed")
+    keep_ratio: float | None = tuning(
+        "fisher types: share of the weights that is perturbed; fish and random: share that is trained"
+    )
     mask_interval: int | None = tuning("fisher types: perturbations between two masks", aliases=["--mask_iter_e"])
     mask_unit: Literal["element", "tensor", "row", 32, 128] | None = tuning("fisher types: what is chosen as a whole")
     mask_samples: int | None = tuning("fisher types: perturbations whose squared gradients make a mask")
@@ -153,15 +172,17 @@ class Arguments:
     warmup_ratio: float = option(0.1, "share of the steps over which the learning rate rises")
     per_device_train_batch_size: int = option(16, "texts a step")
     per_device_eval_batch_size: int = option(32, "texts a batch of evaluation")
-    seed: int = option(42, "of the new head, the batch order and dropout")
+    seed: int = option(42, "of the new head, the batch order, dropout and a random mask")
     bf16: bool = option(False, "torch.autocast in bfloat16 over fp32 weights")
     use_cpu: bool = option(False, "stay on the CPU where there is a GPU")
 
     def __post_init__(self):
-        self.sam_type = list(dict.fromkeys(self.sam_type or COMPARED))
-        self.given = {name for name in MEANINGS if getattr(self, name) is not None}
-        for name in MEANINGS.keys() - self.given:
-            setattr(self, name, MEANINGS[name].default)
+        self.sam_type = list(dict.fromkeys(self.sam_type or ["none", "fisher-sam" if self.trains_all else "sam"]))
+        self.given = list(dict.fromkeys(m.option for m in MEANINGS if getattr(self, m.option) is not None))
+        for meaning in MEANINGS:
+            name = meaning.option
+            if name not in self.given and (getattr(self, name) is None or self._uses(meaning)):
+                setattr(self, name, meaning.default)
 
     @property
     def device(self):
@@ -169,23 +190,33 @@ class Arguments:
         return torch.device("cuda" if torch.cuda.is_available() and not self.use_cpu else "cpu")
 
     @property
+    def trains_all(self):
+        """Whether all weights are trained."""
+        return self.trainable == "all"
+
+    @property
     def text_columns(self):
         """The text columns as a list, or None where the user named none."""
         return self.text_column_names and [name.strip() for name in self.text_column_names.split(",")]
 
-    def total_steps(self, texts):
-        """Return the steps of a run on so many training texts."""
-        if self.max_steps > 0:
-            return self.max_steps
-        return math.ceil(self.num_train_epochs * math.ceil(texts / self.per_device_train_batch_size))
+    def total_steps(self, texts, workers=1):
+        """Return the steps of each worker in a run on so many training texts."""
+        batches = math.ceil(texts / self.per_device_train_batch_size) // workers
+        if batches == 0:
+            raise InputError(f"{workers} workers are more than there are batches of training texts")
+        return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * batches)
 
     def of(self, owner, sam_type):
         """Return the arguments that a class of the library takes from these options, as a dict."""
         return {
-            meaning.argument: getattr(self, name)
-            for name, meaning in MEANINGS.items()
-            if meaning.owner is owner and sam_type in meaning.sam_types
+            meaning.argument: getattr(self, meaning.option)
+            for meaning in MEANINGS
+            if meaning.owner is owner and sam_type in meaning.users
         }
+
+    def _uses(self, meaning):
+        """Whether an option has this use here."""
+        return not meaning.users.isdisjoint({*self.sam_type, self.trainable})
 
     def check(self):
         """Raise InputError for a value that would only fail, or mislead, once training is under way."""
@@ -196,6 +227,8 @@ class Arguments:
             "num_train_epochs",
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
+            "num_fisher_samples",
+            "local_steps",
         ):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -219,19 +252,36 @@ class Arguments:
         # of it: `check_mask` looks whether it would take anything of the real one.
         whole = dataclasses.replace(self, keep_ratio=1.0)
         for sam_type in self.sam_type:
-            build_optimizer(whole, sam_type, torch.nn.Linear(8, 8), novel=(), total_steps=100)
+            model = torch.nn.Linear(8, 8)
+            trainable = None if self.trains_all else FishMask.magnitude(model, keep_ratio=1.0)
+            build_optimizer(whole, sam_type, model, novel=(), total_steps=100, trainable=trainable)
 
     def _check_meaning(self):
-        """Raise InputError for an option that none of the types trained has a use for."""
-        for name, meaning in MEANINGS.items():
-            if name in self.given and meaning.sam_types.isdisjoint(self.sam_type):
-                users = ", ".join(sam_type for sam_type in SAM_TYPES if sam_type in meaning.sam_types)
-                raise InputError(f"--{name} has no meaning for --sam_type {' '.join(self.sam_type)}, only for {users}")
+        """Raise InputError for an option that nothing asked for has a use for."""
+        for name in self.given:
+            meanings = [meaning for meaning in MEANINGS if meaning.option == name]
+            if not any(map(self._uses, meanings)):
+                users = set().union(*(meaning.users for meaning in meanings))
+                choices = {
+                    f"--sam_type {' '.join(self.sam_type)}": SAM_TYPES,
+                    f"--trainable {self.trainable}": TRAINABLE,
+                }
+                asked = " ".join(choice for choice, values in choices.items() if not users.isdisjoint(values))
+                only = ", ".join(user for user in (*SAM_TYPES, *TRAINABLE) if user in users)
+                raise InputError(f"--{name} has no meaning for {asked}, only for {only}")
 
     def _check_together(self):
         """Raise InputError for options that contradict each other."""
         by_tensor = self.beta_per == "tensor" and not _ESAM.isdisjoint(self.sam_type)
+        masked = [sam_type for sam_type in self.sam_type if sam_type in FISHER]
         for wrong, message in (
+            (
+                masked and not self.trains_all,
+                f"--trainable {self.trainable} and --sam_type {' '.join(masked)} exclude each other: "
+                "what is perturbed is what is trained",
+            ),
+            (self.save_delta and self.trains_all, "--save_delta needs --trainable fish, random or bitfit"),
+            (self.local_steps and self.trains_all, "--local_steps needs --trainable fish, random or bitfit"),
             (
                 self.mask_interval >= 1 and not 1 <= self.mask_samples <= self.mask_interval,
                 f"Invalid --mask_samples: {self.mask_samples}; must be from 1 to --mask_interval {self.mask_interval}",
@@ -274,7 +324,7 @@ def naming_options():
         raise InputError(f"Invalid --{name}: {rest}" if name else str(error)) from error
 
 
-def build_optimizer(arguments, sam_type, model, novel, total_steps):
+def build_optimizer(arguments, sam_type, model, novel, total_steps, trainable=None):
     """Return the optimizer of a run.
 
     Args:
@@ -283,6 +333,7 @@ def build_optimizer(arguments, sam_type, model, novel, total_steps):
         model: its parameters are moved into the optimizer's buffers.
         novel: names of the parameters that have no pretrained value.
         total_steps: steps of the run.
+        trainable: the FishMask of the weights to train (default: None, all).
 
     Raises:
         InputError: an option is out of its range.
@@ -298,6 +349,7 @@ def build_optimizer(arguments, sam_type, model, novel, total_steps):
         "max_grad_norm": arguments.max_grad_norm or None,
         "l2_sp": arguments.l2_sp,
         "seed": arguments.seed,
+        "trainable": trainable,
     }
     if arguments.l2_sp:
         keywords["anchors"] = {n: p.detach().clone() for n, p in model.named_parameters() if n not in novel}

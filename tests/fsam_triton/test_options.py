@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fsam_triton import FSAM, AdamWL2SP, FisherMask, MomentumSAM, Schedule
-from fsam_triton.options import FISHER, MEANINGS, SAM_TYPES, Arguments, build_optimizer
+from fsam_triton import FSAM, AdamWL2SP, FisherMask, FishMask, MomentumSAM, Schedule
+from fsam_triton.options import FISHER, MEANINGS, SAM_TYPES, TRAINABLE, Arguments, build_optimizer
 from fsam_triton.recipes import SAM_TYPES as FSAM_CODES_TYPES
 from fsam_triton.texts import InputError
 
@@ -82,19 +82,86 @@ def test_a_comparison_gives_each_type_the_options_it_has_a_use_for():
 def test_options_that_are_not_given_take_their_defaults():
     arguments = Arguments()
     assert arguments.sam_type == ["none", "fisher-sam"]
-    assert {name: getattr(arguments, name) for name in MEANINGS} == {n: m.default for n, m in MEANINGS.items()}
+    for meaning in MEANINGS:
+        assert getattr(arguments, meaning.option) == (0.1 if meaning.option == "keep_ratio" else meaning.default)
     arguments.check()
 
 
-@pytest.mark.parametrize("sam_type", SAM_TYPES)
-def test_every_option_is_accepted_or_has_no_meaning(sam_type):
-    for name, meaning in MEANINGS.items():
-        arguments = Arguments(sam_type=[sam_type], **{name: "lr" if name == "rho_follows" else meaning.default})
-        if sam_type in meaning.sam_types:
+@pytest.mark.parametrize("trainable", ["fish", "random", "bitfit"])
+def test_training_some_weights_compares_adamw_and_sam(trainable):
+    arguments = Arguments(trainable=trainable)
+    assert arguments.sam_type == ["none", "sam"]
+    arguments.check()
+
+
+@pytest.mark.parametrize(
+    ("options", "default"),
+    [
+        ({}, 0.1),
+        ({"sam_type": ["none"]}, 0.1),
+        ({"trainable": "fish"}, 0.005),
+        ({"trainable": "random", "sam_type": ["none"]}, 0.005),
+    ],
+)
+def test_keep_ratio_has_a_default_for_each_of_its_uses(options, default):
+    assert Arguments(**options).keep_ratio == default
+    assert Arguments(keep_ratio=0.25, **options).keep_ratio == 0.25
+
+
+@pytest.mark.parametrize(
+    ("sam_type", "trainable"),
+    [(sam_type, value) for sam_type in SAM_TYPES for value in TRAINABLE if value == "all" or sam_type not in FISHER],
+)
+def test_every_option_is_accepted_or_has_no_meaning(sam_type, trainable):
+    for name in {meaning.option for meaning in MEANINGS}:
+        meanings = [meaning for meaning in MEANINGS if meaning.option == name]
+        value = "lr" if name == "rho_follows" else meanings[0].default
+        arguments = Arguments(sam_type=[sam_type], trainable=trainable, **{name: value})
+        if any({sam_type, trainable} & meaning.users for meaning in meanings):
             arguments.check()
         else:
-            with pytest.raises(InputError, match=f"^--{name} has no meaning for --sam_type {sam_type}, only for "):
+            with pytest.raises(InputError, match=rf"^--{name} has no meaning for --\w+ \S+( --\w+ \S+)?, only for "):
                 arguments.check()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"num_fisher_samples": 64},
+            "--num_fisher_samples has no meaning for --trainable all, only for fish",
+        ),
+        (
+            {"num_fisher_samples": 64, "trainable": "random"},
+            "--num_fisher_samples has no meaning for --trainable random, only for fish",
+        ),
+        (
+            {"keep_ratio": 0.1, "trainable": "bitfit"},
+            "--keep_ratio has no meaning for --sam_type none sam --trainable bitfit, "
+            "only for fisher-sam, fisher-esam, fisher-gsam, fish, random",
+        ),
+        ({"num_fisher_samples": 0, "trainable": "fish"}, "Invalid --num_fisher_samples: 0; must be > 0"),
+        ({"keep_ratio": 7.0, "trainable": "fish"}, "Invalid --keep_ratio: 7.0; must be in (0, 1]"),
+        ({"save_delta": True}, "--save_delta needs --trainable fish, random or bitfit"),
+        (
+            {"trainable": "fish", "sam_type": ["sam", "fisher-sam", "fisher-gsam"]},
+            "--trainable fish and --sam_type fisher-sam fisher-gsam exclude each other: "
+            "what is perturbed is what is trained",
+        ),
+    ],
+)
+def test_options_of_training_some_weights_are_refused_where_they_have_no_meaning(options, message):
+    with pytest.raises(InputError) as error:
+        Arguments(**options).check()
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("sam_type", [sam_type for sam_type in SAM_TYPES if sam_type not in FISHER])
+def test_every_optimizer_but_the_fisher_types_trains_what_a_fish_mask_selects(sam_type):
+    model = torch.nn.Linear(8, 8)
+    mask = FishMask.random(model, 0.25)
+    arguments = Arguments(sam_type=[sam_type], trainable="random")
+    assert build_optimizer(arguments, sam_type, model, novel=(), total_steps=100, trainable=mask).trainable == mask
 
 
 @pytest.mark.parametrize(
