@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from .errors import check
-from .fish import FishMask, decode_mask, encode_mask, read_file, write_file
+from .files import read_file, write_file
+from .fish import FishMask, decode_mask, encode_mask
 
 ADAPTER_DELTA = "adapter_delta.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"

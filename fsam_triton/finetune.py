@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from fsam_triton import FSAM, FishMask, MomentumSAM, SparseMerger, WorkerError, estimate_fisher, save_pretrained
+from fsam_triton.files import written_whole
 from fsam_triton.options import MEANINGS, SAM_TYPES, Arguments, build_optimizer, naming_options
-from fsam_triton.report import PeakMemory, Run, format_table, plot_curves, written_whole
+from fsam_triton.report import PeakMemory, Run, format_table, plot_curves
 from fsam_triton.texts import (
     InputError,
     hold_out,

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from .delta import saved_buffers, take
 from .errors import check
+from .files import written_whole
 from .fish import FishMask
-from .report import written_whole
 from .workers import Workers
 
 # Names the last complete merge.

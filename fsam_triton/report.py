@@ -1,14 +1,12 @@
 """Measures a training run and reports several: peak memory, a table, a plot of the curves."""
 
-import contextlib
-import os
 import statistics
-import tempfile
 import threading
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
+
+from .files import written_whole
 
 
 @dataclass
@@ -119,13 +117,3 @@ def plot_curves(runs, path):
         axes.legend()
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-
-
-@contextlib.contextmanager
-def written_whole(path):
-    """Give a temporary file to write beside ``path``; it takes the name ``path`` only once it is complete."""
-    path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        os.replace(temporary, path)

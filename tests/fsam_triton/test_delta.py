@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fsam_triton import MomentumSAM, delta
 from fsam_triton.delta import DeltaError, apply_delta, from_pretrained, merge_deltas, save_delta, save_pretrained
-from fsam_triton.fish import FishMask, read_file, write_file
+from fsam_triton.files import read_file, write_file
+from fsam_triton.fish import FishMask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fsam_triton.fish import FishMask, read_file, write_file
+from fsam_triton.files import read_file, write_file
+from fsam_triton.fish import FishMask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,7 +4,8 @@ import mmap
 
 import pytest
 
-from fsam_triton.report import PeakMemory, Run, format_table, plot_curves, written_whole
+from fsam_triton.files import written_whole
+from fsam_triton.report import PeakMemory, Run, format_table, plot_curves
 
 RUN = Run(
     "FSAM",

@@ -1,4 +1,4 @@
-"""Gathering from several tensors and scattering into them: kernels in the interpreter, C++ and references, to the bit."""
+"""Gathering from several tensors and scattering into them: kernel in the interpreter, C++ and reference, to the bit."""
 
 from __future__ import annotations
 
