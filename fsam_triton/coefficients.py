@@ -50,10 +50,17 @@ def keys(step: Tensor, salt: Tensor, offset: Tensor) -> Tensor:
     return key_at(key ^ (key >> 16), offset).to(torch.float64)
 
 
-def radius(rho: Tensor | float, norm_sq: Tensor) -> Tensor:
-    """What to multiply a vector with so that its norm is rho, or 0 where the norm is not finite."""
-    norm = norm_sq.sqrt()
-    return torch.where(torch.isfinite(norm), rho / (norm + 1e-12), 0.0)
+def radius(rho: Tensor | float, norm_sq: Tensor, scale: Tensor | None = None) -> Tensor:
+    """What to multiply a vector with so that its norm is rho, or 0 where the norm is not finite.
+
+    Args:
+        rho: the wanted norm.
+        norm_sq: squared norm of the vector.
+        scale: what the vector is multiplied with already (a GradScaler's). Powers of two cancel exactly.
+    """
+    inverse = 1.0 if scale is None else 1.0 / scale.to(torch.float64)
+    norm = norm_sq.sqrt() * inverse
+    return torch.where(torch.isfinite(norm), rho / (norm + 1e-12) * inverse, 0.0)
 
 
 def next_moment_sq(dots: Tensor, beta1: Tensor | float, factor: Tensor | float) -> Tensor:
@@ -70,9 +77,9 @@ def representable(beta: float) -> float:
     return max(round(beta * 2**15), 1) * 2.0**-15
 
 
-def ascent(rho: Tensor, norm_sq: Tensor, key: Tensor, beta: float | None = None) -> Tensor:
+def ascent(rho: Tensor, norm_sq: Tensor, key: Tensor, beta: float | None = None, scale: Tensor | None = None) -> Tensor:
     """Coefficients of `perturb_`, [n, 2] or, with the probability beta, [n, 3]: radius over norm, keys, beta - 1/2."""
-    columns = [radius(rho, norm_sq), key]
+    columns = [radius(rho, norm_sq, scale), key]
     if beta is not None:
         columns.append(torch.full_like(key, beta - 0.5))
     return torch.stack(columns, 1)
@@ -84,7 +91,7 @@ def clip_factor(norm_sq: Tensor, inv_scale: Tensor | float, max_norm: float) -> 
     return (max_norm / (norm + 1e-6)).clamp(max=1.0), ~torch.isfinite(norm)
 
 
-def decomposition(dots: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+def decomposition(dots: Tensor, alpha: float, ratio: Tensor | float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """GSAM's direction, g2 - alpha * (g1 - (<g1, g2> / norm(g2)^2) * g2), as multiples of the two gradients.
 
     arXiv 2203.08065, algorithm 1. Where g1 is not finite, or g2 is zero, the direction is g2.
@@ -92,15 +99,17 @@ def decomposition(dots: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     Args:
         dots: fp64 [3]: <g1, g2>, norm(g1)^2, norm(g2)^2.
         alpha: the paper's.
+        ratio: what to multiply g1 with so that it has the scale of g2 (a GradScaler's).
 
     Returns:
         fp64 scalars: what to multiply g2 with, what to multiply g1 with, the squared norm of the sum.
     """
     dot, first_sq, second_sq = dots.unbind()
+    dot, first_sq = ratio * dot, ratio**2 * first_sq
     usable = torch.isfinite(dot) & torch.isfinite(first_sq) & (second_sq > 0)
     of_second = torch.where(usable, 1 + alpha * dot / second_sq, 1.0)
     # Not two numbers: torch.where would make fp32 of them.
-    of_first = torch.where(usable, -alpha, torch.zeros_like(dot))
+    of_first = torch.where(usable, -alpha * ratio, torch.zeros_like(dot))
     # <g1, v> = norm(v)^2 for the part v of g1 that is orthogonal to g2: no cancellation between large terms.
     vertical_sq = (first_sq - dot * dot / second_sq).clamp(min=0)
     return of_second, of_first, torch.where(usable, second_sq + alpha**2 * vertical_sq, second_sq)
@@ -129,9 +138,16 @@ def reuse(dots: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
 
 def descent(
-    hyper: Tensor, step: Tensor, factor: Tensor | float, key: Tensor, other: Tensor | float | None = None
+    hyper: Tensor,
+    step: Tensor,
+    factor: Tensor | float,
+    key: Tensor,
+    other: Tensor | float | None = None,
+    ema_decay: float | None = None,
 ) -> Tensor:
-    """Coefficients of `adamw_l2sp_`, [n, 9] or, with a second gradient, [n, 12]; arXiv 1711.05101, algorithm 2.
+    """Coefficients of `adamw_l2sp_`, [n, 9], with a second gradient [n, 12], with an average of the weights [n, 13].
+
+    arXiv 1711.05101, algorithm 2.
 
     Args:
         hyper: fp64 [n, 6]: lr, beta1, beta2, eps, decay rate (weight_decay or l2_sp), 1 or -1 to maximize.
@@ -139,12 +155,16 @@ def descent(
         factor: unscaling times clipping; NaN skips the update.
         key: fp64 [n].
         other: what to multiply the second gradient with.
+        ema_decay: what to multiply the average of the weights with.
     """
     lr, beta1, beta2, eps, rate, sign = hyper.unbind(1)
     step = step.to(torch.float64)
     bias1, bias2 = 1 - beta1**step, 1 - beta2**step
     columns = [sign * factor, lr * rate, 1 - beta1, beta2, 1 - beta2, lr / bias1, bias2.rsqrt(), eps, key]
-    if other is not None:
+    if other is not None or ema_decay is not None:
         unused = torch.zeros_like(lr)
-        columns += [sign * other, unused, unused]
+        columns += [unused if other is None else sign * other, unused, unused]
+    if ema_decay is not None:
+        # NaN where the update is skipped.
+        columns.append(torch.full_like(lr, 1 - ema_decay) + 0.0 * factor)
     return torch.stack(columns, 1)

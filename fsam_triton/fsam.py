@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
 from torch.nn import Parameter
 
 from . import coefficients, ops, recipes
 from .adamw_l2sp import Direction
 from .buffers import Bucket
 from .errors import check
-from .kernels.reference import compute_dtype, unpack_mask
+from .fish import FishMask
+from .kernels.reference import compute_dtype
 from .masks import FisherMask
 from .rho import ScheduledRho
 from .samples import select_samples
 from .schedule import Schedule
 from .selection import choose, tensors_chosen
+from .sharded import is_sharded
 
 _ASCENT = 0x3C6EF372
 _NEXT_ASCENT = 0x165667B2
@@ -81,6 +85,9 @@ class FSAM(ScheduledRho):
 
     _ARGUMENTS = (*ScheduledRho._ARGUMENTS, "mask", "mask_norm", "alpha", "beta", "beta_per", "gamma")
 
+    # What a GradScaler had multiplied the gradients of the last ascent with, if `perturb` was told.
+    _ascent_scale: Tensor | None = None
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -98,8 +105,6 @@ class FSAM(ScheduledRho):
         **adamwl2sp: Any,
     ) -> None:
         check(mask is None or isinstance(mask, FisherMask), "mask", mask, "must be a FisherMask or None")
-        masked = mask is not None and adamwl2sp.get("trainable") is not None
-        check(not masked, "mask", mask, "must be None with trainable: what is perturbed is what is trained")
         check(mask_norm in ("all", "masked"), "mask_norm", mask_norm, 'must be "all" or "masked"')
         check(0 <= alpha < float("inf"), "alpha", alpha, "must be >= 0 and finite")
         check(0 < beta <= 1, "beta", beta, "must be in (0, 1]")
@@ -158,6 +163,16 @@ class FSAM(ScheduledRho):
         allowed = 'must be "element" with alpha or Schedule(reuse=...): they need all of g1'
         check(whole, "beta_per", self.beta_per, allowed)
 
+    def _check_trainable(self, trainable: FishMask | None) -> None:
+        super()._check_trainable(trainable)
+        allowed = "must be None with trainable: what is perturbed is what is trained"
+        check(self.mask is None or trainable is None, "mask", self.mask, allowed)
+
+    def _check_parameters(self, group: dict[str, Any]) -> None:
+        super()._check_parameters(group)
+        single = self.mask is None or self.mask.unit == "element" or not any(map(is_sharded, group["params"]))
+        check(single, "mask.unit", single or self.mask.unit, 'must be "element" with sharded parameters')
+
     def _is_selectable(self, group: dict[str, Any], i: int) -> bool:
         if self.mask is None:
             return True
@@ -179,11 +194,12 @@ class FSAM(ScheduledRho):
         """Descend, with a closure after an ascent: the whole step; without one: the second half after `perturb`.
 
         Args:
-            closure: without a batch: zeroes the gradients, evaluates the model, calls backward and returns the loss. It
-                is called at the weights and, where the schedule says so, again at the perturbed weights (only there if
-                `perturb` was called before). With a batch: ``closure(batch)`` evaluates the model on a batch, which may
-                be a part of the one given, and returns the losses of its samples, [n]; zeroing, mean and backward are
-                done here. If it raises, the clean weights are put back.
+            closure: without a batch: zeroes the gradients, evaluates the model, calls backward (for each micro-batch,
+                if gradients are accumulated) and returns the loss. It is called at the weights and, where the schedule
+                says so, again at the perturbed weights (only there if `perturb` was called before). With a batch:
+                ``closure(batch)`` evaluates the model on a batch, which may be a part of the one given, and returns the
+                losses of its samples, [n]; zeroing, mean and backward are done here. If it raises, the clean weights
+                are put back.
             batch: what the closure is called with: tensors, dicts of tensors as transformers makes them, or any nesting
                 (see `select_samples`).
 
@@ -192,7 +208,9 @@ class FSAM(ScheduledRho):
 
         Raises:
             ValueError: gamma < 1 and no batch was given.
+            RuntimeError: a GradScaler is in use and a closure was given; or the closure does not call backward.
         """
+        self._check_under_scaler(closure)
         if closure is None:
             self._update()
             return None
@@ -209,11 +227,25 @@ class FSAM(ScheduledRho):
                 if self.gamma < 1:
                     batch = select_samples(batch, loss, closure(batch), self.gamma)
                 self._evaluate(closure, batch)
+                if loss is None and all(p.grad is None for p in self._places):
+                    raise RuntimeError("the closure left no gradients at w + eps: it must call backward() each time")
         except BaseException:
             self.restore()
             raise
         self._update()
         return loss
+
+    def _check_under_scaler(self, closure: Callable[..., Any] | None) -> None:
+        """Refuse or warn of what would go unnoticed where it is GradScaler.step that calls `step`."""
+        if getattr(self, "found_inf", None) is None:
+            return
+        if closure is not None:
+            raise RuntimeError(
+                "GradScaler.step(optimizer, closure) checks no gradients: call backward(), perturb(scaler), backward() "
+                "and scaler.step(optimizer) instead"
+            )
+        if self.is_sharp and not self.perturbed and self.param_groups[0]["ascents"] == 0:
+            warnings.warn("a step under a GradScaler without perturb(scaler) before it is plain AdamW", stacklevel=3)
 
     def _evaluate(self, closure: Callable[..., Any], batch: Any) -> Any:
         with torch.enable_grad():
@@ -225,22 +257,35 @@ class FSAM(ScheduledRho):
         return losses.detach()
 
     @torch.no_grad()
-    def perturb(self) -> None:
+    def perturb(self, scaler: GradScaler | None = None) -> None:
         """Climb: w -> w + eps(w) from the gradients there are, which are cleared. The schedule decides on rho alone.
 
+        Args:
+            scaler: the GradScaler by which the gradients are scaled. eps is that of the unscaled gradients; if they
+                overflowed it is zero, and a mask that is due waits for the next ascent (default: None).
+
         Raises:
-            RuntimeError: the parameters are perturbed already, or none has a gradient.
+            RuntimeError: the parameters are perturbed already, or none has a gradient, or the scaler has unscaled them.
         """
         if self.perturbed:
             raise RuntimeError("perturb() was called twice: call step() or restore() in between")
+        if scaler is not None and self._is_unscaled_by(scaler):
+            raise RuntimeError("unscale_() before perturb(scaler): call it, if at all, after the second backward()")
         collected = self._collect()
         if not collected:
             raise RuntimeError("perturb() needs gradients: call backward() first")
+        # Not get_scale(), which waits for the device.
+        scale = None if scaler is None else scaler.scale(torch.ones((), device=self._buckets[0].device))
         try:
-            self._ascend(collected)
+            self._ascend(collected, scale)
         except BaseException:
             self.restore()
             raise
+
+    def _is_unscaled_by(self, scaler: GradScaler) -> bool:
+        # A scaler that is switched off has no such attribute.
+        state = getattr(scaler, "_per_optimizer_states", {}).get(id(self), {})
+        return state.get("stage") is OptState.UNSCALED
 
     @contextlib.contextmanager
     def ascent_pass(self) -> Iterator[None]:
@@ -281,16 +326,21 @@ class FSAM(ScheduledRho):
 
     # -- the ascent ----------------------------------------------------------------------------------------------------
 
-    def _ascend(self, collected: list[tuple[Bucket, tuple[bool, ...]]]) -> None:
+    def _ascend(self, collected: list[tuple[Bucket, tuple[bool, ...]]], scale: Tensor | None = None) -> None:
+        self._ascent_scale = scale
         undrawn = self._undrawn()
-        self._refresh_mask()
+        if not self._mask_must_wait():
+            self._refresh_mask()
+            for group in self.param_groups:
+                group["ascents"] += 1
         self._leave_out(undrawn)
-        for group in self.param_groups:
-            group["ascents"] += 1
         buckets = [bucket for bucket, _ in collected if self._moves(bucket)]
         norm_sq = self._sum(
-            ops.grad_norm_sq(
-                bucket.grad, bucket.weight if bucket.group["adaptive"] else None, self._mask(bucket, self.mask_norm)
+            (
+                bucket,
+                ops.grad_norm_sq(
+                    bucket.grad, bucket.weight if bucket.group["adaptive"] else None, self._mask(bucket, self.mask_norm)
+                ),
             )
             for bucket, _ in collected
             if self.mask_norm == "all" or self._moves(bucket)
@@ -367,7 +417,8 @@ class FSAM(ScheduledRho):
             purpose = _ASCENT + self.param_groups[0]["ascents"] * _NEXT_ASCENT
             key = self._keys([buckets[i] for i in here], step, purpose, torch.zeros_like(step, dtype=torch.int64))
             norm = norm_sq.to(device, non_blocking=True)
-            for i, coef in zip(here, coefficients.ascent(rho, norm, key, probability), strict=True):
+            scale = None if self._ascent_scale is None else self._ascent_scale.to(device, non_blocking=True)
+            for i, coef in zip(here, coefficients.ascent(rho, norm, key, probability, scale), strict=True):
                 out[i] = coef
         return out
 
@@ -404,20 +455,46 @@ class FSAM(ScheduledRho):
         """Whether squares of gradients are added up between two choices of the mask."""
         return self.mask.samples > 1 and self.mask.scores == "fisher"
 
+    def _mask_must_wait(self) -> bool:
+        """Whether a mask is due and a GradScaler's gradients, which it would be chosen by, have overflowed.
+
+        The host reads this, but only where a mask is due and is to last: it would be a mask of infinities and zeros.
+        """
+        mask = self.mask
+        if self._ascent_scale is None or mask is None or mask.scores != "fisher" or mask.interval == 1:
+            return False
+        due = self.param_groups[0]["ascents"] % mask.interval == 0
+        return due and bool(self._selectable_overflowed())
+
+    def _selects_from(self) -> list[Bucket]:
+        return [b for b in self._buckets if b.selectable and any(p.requires_grad for p in b.params)]
+
+    def _selectable_overflowed(self) -> Tensor:
+        """Whether a gradient that the mask would be chosen by is not finite."""
+        norm_sq = self._sum((bucket, ops.grad_norm_sq(bucket.grad, None, None)) for bucket in self._selects_from())
+        return ~torch.isfinite(norm_sq)
+
+    def _add_up(self) -> None:
+        """Add the squares of the gradients, unscaled, to what the next choice of the mask goes by."""
+        scale = self._ascent_scale
+        overflowed = None if scale is None else self._selectable_overflowed()
+        for bucket in self._selects_from():
+            fisher = bucket.lane("fisher", compute_dtype(bucket.dtype))
+            grad = bucket.grad
+            if scale is not None:
+                here = overflowed.to(bucket.device, non_blocking=True)
+                grad = (grad.to(fisher.dtype) / scale.to(bucket.device, non_blocking=True)).masked_fill_(here, 0.0)
+            fisher.addcmul_(grad, grad)
+
     def _refresh_mask(self) -> None:
         """Choose the mask anew where it is due, from the present gradients or the squares added up before."""
         ascents = self.param_groups[0]["ascents"]
         if self.mask is None:
             return
-        buckets = [
-            bucket for bucket in self._buckets if bucket.selectable and any(p.requires_grad for p in bucket.params)
-        ]
         if self._adds_up and self._mask_wants_gradients():
-            for bucket in buckets:
-                fisher = bucket.lane("fisher", compute_dtype(bucket.dtype))
-                fisher.addcmul_(bucket.grad, bucket.grad)
+            self._add_up()
         if ascents % self.mask.interval == 0:
-            values = None
+            buckets, values = self._selects_from(), None
             if self.mask.scores == "fisher":
                 values = [bucket.lanes["fisher"] if self._adds_up else bucket.grad for bucket in buckets]
             key = self.seed + (_MASK + ascents << 32)
@@ -443,18 +520,13 @@ class FSAM(ScheduledRho):
             return super()._direction(collected)
         # Over the parameters that are updated: what the others' gradients were at w has no part in this step.
         dots = self._sum(
-            ops.surrogate_gap(bucket.ascent_grad[start:stop], bucket.grad[start:stop])
+            (bucket, ops.surrogate_gap(bucket.ascent_grad[start:stop], bucket.grad[start:stop]))
             for bucket, active in collected
             for start, stop in bucket.stretches(active)
         )
         if self.alpha > 0:
-            unscaled = getattr(self, "found_inf", None) is not None and getattr(self, "grad_scale", None) is None
-            if unscaled:
-                raise RuntimeError(
-                    "alpha > 0 combines the gradients of both passes, and GradScaler.unscale_() has unscaled only one "
-                    "of them: do not call it; to clip, use max_grad_norm"
-                )
-            own, other, norm_sq = coefficients.decomposition(dots, self.alpha)
+            ratio = self._ascent_ratio()
+            own, other, norm_sq = coefficients.decomposition(dots, self.alpha, ratio)
             return self._scaled(Direction(own, other), norm_sq)
         if not self.perturbed:
             other, norm_sq = coefficients.reuse(dots, reuse)
@@ -463,6 +535,18 @@ class FSAM(ScheduledRho):
         for bucket in self._buckets:
             bucket.drop_ascent_grads(updated.get(id(bucket)))
         return self._scaled(Direction(1.0, coefficients.orthogonal_part(dots), keep=True), dots[2])
+
+    def _ascent_ratio(self) -> Tensor | float:
+        """What the gradients of the ascent are to be multiplied with, to have the scale of those at hand."""
+        scale = getattr(self, "grad_scale", None)
+        if self._ascent_scale is not None:
+            return (1.0 if scale is None else scale.to(torch.float64)) / self._ascent_scale.to(torch.float64)
+        if scale is None and getattr(self, "found_inf", None) is not None:
+            raise RuntimeError(
+                "alpha > 0 combines the gradients of both passes, and GradScaler.unscale_() has unscaled only one of "
+                "them: call perturb(scaler)"
+            )
+        return 1.0
 
     # -- what others may look at ---------------------------------------------------------------------------------------
 
@@ -484,9 +568,7 @@ class FSAM(ScheduledRho):
         if self.mask is None or not bucket.selectable:
             return torch.full_like(p, self._moves(bucket), dtype=torch.bool)
         bucket.lane("mask", torch.int32)
-        out = torch.empty(bucket.shapes[i], dtype=torch.bool, device=p.device)
-        flat = unpack_mask(bucket.mask_words(i), torch.empty(p.numel(), device="meta"))
-        return flat.as_strided(out.shape, bucket.strides[i]).clone()
+        return bucket.chosen(i)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -13,7 +13,20 @@ import pytest
 from fsam_triton.options import Arguments
 
 ROOT = pathlib.Path(__file__).parent.parent
-MODULES = ("adamw_l2sp", "delta", "fish", "fisher", "fsam", "masks", "momentum_sam", "samples", "schedule")
+MODULES = (
+    "adamw_l2sp",
+    "delta",
+    "distributed",
+    "fish",
+    "fisher.estimate",
+    "fsam",
+    "integrations.lightning",
+    "integrations.transformers",
+    "masks",
+    "momentum_sam",
+    "samples",
+    "schedule",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,0 +1,101 @@
+"""FSAM and MomentumSAM in Lightning's Trainer, where its own loop would not make whole sharpness-aware steps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+from ..fsam import FSAM
+from ..momentum_sam import MomentumSAM
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+
+
+class SharpnessAware(Callback):
+    """Makes every step of automatic optimization a whole sharpness-aware step; without it that is so in fp32 and bf16.
+
+    - ``accumulate_grad_batches > 1``: Lightning evaluates the last micro-batch alone a second time; this callback
+      passes the others again too.
+    - ``precision="16-mixed"``: Lightning evaluates once, which is plain AdamW; this callback calls ``perturb(scaler)``
+      and passes all micro-batches again.
+    - `MomentumSAM`: this callback brings the clean weights into the model for validation and at the end.
+
+    The micro-batches of a step are kept until the next one. The second pass calls ``training_step`` and
+    ``on_after_backward`` again.
+
+    Example:
+        >>> from fsam_triton.integrations.lightning import SharpnessAware
+        >>> from pytorch_lightning import Trainer  # or: from lightning import Trainer
+        >>> trainer = Trainer(callbacks=[SharpnessAware()], accumulate_grad_batches=4, logger=False)
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[Any, int]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._batches.clear()
+        self._batches.append((batch, batch_idx))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not isinstance(optimizer, FSAM) or not pl_module.automatic_optimization:
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is None and optimizer.perturbed:
+            # FSAM.step has had the last micro-batch evaluated again.
+            self._pass_again(trainer, pl_module, optimizer, self._batches[:-1])
+        # There are no gradients if training_step returned None.
+        elif scaler is not None and optimizer.is_sharp and _has_gradients(optimizer):
+            optimizer.perturb(scaler)
+            self._pass_again(trainer, pl_module, optimizer, self._batches)
+
+    @staticmethod
+    def _pass_again(
+        trainer: Trainer, pl_module: LightningModule, optimizer: FSAM, batches: list[tuple[Any, int]]
+    ) -> None:
+        # training_step may do without batch_idx.
+        count = len(inspect.signature(pl_module.training_step).parameters)
+        for arguments in batches:
+            output = trainer.strategy.training_step(*arguments[:count])
+            loss = output["loss"] if isinstance(output, Mapping) else output
+            if loss is not None:
+                trainer.strategy.backward(loss / trainer.accumulate_grad_batches, optimizer)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        # Lightning leaves out the step if training_step returned None for the last micro-batch.
+        _restore(trainer)
+
+    def on_exception(self, trainer: Trainer, *args: Any) -> None:
+        _restore(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for optimizer in _momentum_sams(trainer):
+            optimizer.eval()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for optimizer in _momentum_sams(trainer) if trainer.state.fn == "fit" else ():
+            optimizer.train()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for optimizer in _momentum_sams(trainer):
+            optimizer.eval()
+
+
+def _has_gradients(optimizer: Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
+
+def _restore(trainer: Trainer) -> None:
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, FSAM):
+            optimizer.restore()
+
+
+def _momentum_sams(trainer: Trainer) -> list[MomentumSAM]:
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, MomentumSAM)]
