@@ -8,6 +8,7 @@ from .fisher import estimate_fisher
 from .fsam import FSAM
 from .masks import FisherMask
 from .merge_files import load_merged
+from .mixup import Mixup, MixupDraw
 from .momentum_sam import MomentumSAM
 from .samples import select_samples
 from .schedule import Schedule
@@ -19,6 +20,8 @@ __all__ = [
     "DeltaError",
     "FishMask",
     "FisherMask",
+    "Mixup",
+    "MixupDraw",
     "MomentumSAM",
     "Schedule",
     "SparseMerger",

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import coefficients, ops
 from .buffers import Bucket
 from .errors import check
 from .fish import FishMask
 from .kernels.reference import compute_dtype
+from .sharded import ShardedBucket, check_placements, is_sharded, local, owners_of, sum_over_shards
 from .sparse import SparseBucket
 from .state import FlatState
 
@@ -40,6 +44,10 @@ class Direction:
     other: Tensor | float | None = None
     keep: bool = False
     skip: Tensor | None = None
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 class AdamWL2SP(FlatState):
@@ -68,6 +76,10 @@ class AdamWL2SP(FlatState):
         max_grad_norm: clip the global gradient norm to this, > 0, as ``clip_grad_norm_`` does; a step whose norm is not
             finite is skipped altogether (default: None, no clipping).
         master_weights: keep fp32 copies of fp16 and bf16 parameters, and fp32 moments (default: False).
+        ema_decay: keep an exponential moving average of the clean weights, ``ema += (1 - ema_decay) * (w - ema)`` after
+            each update, in [0, 1), for `ema_weights`. It begins at the weights before the first update, without bias
+            correction: right for fine-tuning, where these are pre-trained weights. fp32 for 16-bit parameters, which
+            would lose its small changes (default: None, no average is kept).
         trainable: train these weights alone; all others stay as they are, to the bit, without weight decay, and take no
             memory here. Needs ``model.named_parameters()`` (default: None, all).
         stochastic_rounding: without master weights, round 16-bit weights and second moments stochastically; to nearest,
@@ -97,6 +109,7 @@ class AdamWL2SP(FlatState):
         "anchors",
         "max_grad_norm",
         "master_weights",
+        "ema_decay",
         "trainable",
         "stochastic_rounding",
         "static_grads",
@@ -121,6 +134,7 @@ class AdamWL2SP(FlatState):
         maximize: bool = False,
         max_grad_norm: float | None = None,
         master_weights: bool = False,
+        ema_decay: float | None = None,
         trainable: FishMask | None = None,
         stochastic_rounding: bool = True,
         flatten: bool = True,
@@ -135,16 +149,15 @@ class AdamWL2SP(FlatState):
             anchors == "initial" or isinstance(anchors, Mapping), "anchors", anchors, 'must be "initial" or a mapping'
         )
         check(max_grad_norm is None or max_grad_norm > 0, "max_grad_norm", max_grad_norm, "must be > 0 or None")
+        check(ema_decay is None or 0 <= ema_decay < 1, "ema_decay", ema_decay, "must be in [0, 1) or None")
         self.anchors = anchors
         self.max_grad_norm = max_grad_norm
         self.master_weights = master_weights
-        check(
-            trainable is None or isinstance(trainable, FishMask), "trainable", trainable, "must be a FishMask or None"
-        )
-        check(trainable is None or not static_grads, "static_grads", static_grads, "must be False with trainable")
-        self.trainable = trainable
+        self.ema_decay = ema_decay
         self.stochastic_rounding = stochastic_rounding
         self.static_grads = static_grads
+        self._check_trainable(trainable)
+        self.trainable = trainable
         self.seed = seed
         self._buckets: list[Bucket] = []
         # Where each parameter is: its bucket and its number there.
@@ -178,29 +191,76 @@ class AdamWL2SP(FlatState):
             self.param_groups.pop()
             raise
 
+    def set_trainable(self, trainable: FishMask | None) -> None:
+        """Train other weights from now on, as a new optimizer with the same parameter groups would.
+
+        Groups, hyper-parameters, learning rate schedulers and counts of steps stay. Moments start anew, master weights
+        and an average of the weights from the present ones, and with ``anchors="initial"`` so do anchors. Gradients are
+        cleared.
+
+        Args:
+            trainable: which weights; None for all.
+
+        Raises:
+            ValueError: the mask does not fit; nothing has been changed then.
+        """
+        self._refuse_inside_ema("set_trainable()")
+        self._check_trainable(trainable)
+        before, self.trainable = self.trainable, trainable
+        try:
+            for group in self.param_groups:
+                for i in range(len(group["params"]) if trainable is not None else 0):
+                    self._trained(group, i)
+        except BaseException:
+            self.trainable = before
+            raise
+        # Also of parameters without a trained weight, which no bucket has.
+        super().zero_grad()
+        self.restore()
+        self._start_anew()
+
+    def _check_trainable(self, trainable: FishMask | None) -> None:
+        fits = trainable is None or isinstance(trainable, FishMask)
+        check(fits, "trainable", trainable, "must be a FishMask or None")
+        check(trainable is None or not self.static_grads, "static_grads", True, "must be False with trainable")
+
+    def _start_anew(self) -> None:
+        """Make the buffers again, from the parameters as they are."""
+        self._hyper = defaultdict(coefficients.HyperParameters)
+        self._buckets, self._places, self.state = [], {}, defaultdict(dict)
+        for group in self.param_groups:
+            self._add_buckets(group)
+
     def _check_group(self, group: Mapping[str, Any]) -> None:
         lr, betas = group["lr"], group["betas"]
         if isinstance(lr, Tensor):
             check(lr.numel() == 1, "learning rate", lr, "a tensor must have one element")
         else:
-            check(lr >= 0, "learning rate", lr, "must be >= 0")
+            check(_is_finite(lr) and lr >= 0, "learning rate", lr, "must be a finite number >= 0")
+        check(isinstance(betas, tuple | list) and len(betas) == 2, "betas", betas, "must be two numbers")
         for i, beta in enumerate(betas):
-            check(isinstance(beta, Tensor) or 0 <= beta < 1, f"beta parameter at index {i}", beta, "must be in [0, 1)")
+            fits = isinstance(beta, Tensor) or (_is_finite(beta) and 0 <= beta < 1)
+            check(fits, f"beta parameter at index {i}", beta, "must be in [0, 1)")
         for name in ("eps", "weight_decay", "l2_sp"):
-            check(group[name] >= 0, f"{name} value", group[name], "must be >= 0")
+            value = group[name]
+            check(_is_finite(value) and value >= 0, f"{name} value", value, "must be a finite number >= 0")
 
     def _check_parameters(self, group: dict[str, Any]) -> None:
         extents = {}
         for i, p in enumerate(group["params"]):
             label = repr(group["param_names"][i]) if "param_names" in group else f"number {i}"
+            check(not is_lazy(p), f"parameter {label}", "uninitialized", "run the model once before")
+            # A quantised weight, say, whose numbers are not in its own memory.
+            plain = is_sharded(p) or type(p.data) is Tensor
+            check(plain, f"parameter {label}", type(p.data).__name__, "must be a plain tensor")
             fits = p.is_floating_point() and p.layout == torch.strided and not p.is_meta
             check(fits, f"parameter {label}", f"{p.dtype}, {p.layout}, {p.device}", "must be dense fp16/bf16/fp32/fp64")
             check(p.element_size() >= 2, f"parameter {label}", p.dtype, "must be fp16, bf16, fp32 or fp64")
-            check(
-                not hasattr(p, "device_mesh"), f"parameter {label}", type(p).__name__, "sharded tensors do not work yet"
-            )
-            if p.numel():
-                other = extents.setdefault((p.device, p.data_ptr()), label)
+            if is_sharded(p):
+                check_placements(label, p)
+                check(not self.static_grads, "static_grads", True, "must be False with sharded parameters")
+            if local(p).numel():
+                other = extents.setdefault((p.device, local(p).data_ptr()), label)
                 check(
                     other == label,
                     f"parameter {label}",
@@ -224,15 +284,17 @@ class AdamWL2SP(FlatState):
                 self._anchor(group, i) is not None,
                 self._is_selectable(group, i),
             )
-            if self.trainable is not None:
-                if len(self._trained(group, i)):
-                    members.setdefault(key, []).append(i)
-            else:
-                members.setdefault(key if group["flatten"] else (*key, i), []).append(i)
+            if self.trainable is None and (is_sharded(p) or not group["flatten"]):
+                key = (*key, i)
+            if self.trainable is None or len(self._trained(group, i)):
+                members.setdefault(key, []).append(i)
         buckets = []
+        owners = owners_of(filter(is_sharded, group["params"]))
         for key, indices in members.items():
             params = [group["params"][i] for i in indices]
-            if self.trainable is None:
+            if is_sharded(params[0]):
+                bucket = ShardedBucket(params[0], group, selectable=key[4], owner=owners.get(params[0]))
+            elif self.trainable is None:
                 bucket = Bucket(params, group, flatten=group["flatten"], selectable=key[4])
             else:
                 bucket = SparseBucket(params, group, [self._trained(group, i) for i in indices])
@@ -264,8 +326,11 @@ class AdamWL2SP(FlatState):
         """The weights of a parameter that are trained, as positions in row-major order."""
         check("param_names" in group, "trainable", "a FishMask", "needs parameter names: pass model.named_parameters()")
         name, p = group["param_names"][i], group["params"][i]
+        check(not is_sharded(p), "trainable", "a FishMask", f"must be None: parameter {name!r} is sharded")
         shape = self.trainable.shapes.get(name)
         check(shape == p.shape, "trainable", f"a FishMask with {name!r} of shape {shape}", f"must be {tuple(p.shape)}")
+        is_dense = p.stride() == torch.empty_like(p, device="meta").stride()
+        check(is_dense, f"parameter {name!r}", f"strides {p.stride()}", "must be dense in memory with trainable")
         return self.trainable.indices(name).to(p.device)
 
     def _is_selectable(self, group: dict[str, Any], i: int) -> bool:
@@ -273,6 +338,8 @@ class AdamWL2SP(FlatState):
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
+    # It is compiled code already, a pass at a time; dynamo would trace what finds and checks the buffers.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient.
@@ -282,6 +349,9 @@ class AdamWL2SP(FlatState):
 
         Returns:
             What the closure returned, or None.
+
+        Raises:
+            RuntimeError: inside `ema_weights`.
         """
         loss = None
         if closure is not None:
@@ -290,6 +360,7 @@ class AdamWL2SP(FlatState):
         self._update()
         return loss
 
+    @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients.
 
@@ -298,22 +369,21 @@ class AdamWL2SP(FlatState):
                 way a parameter that gets no gradient afterwards is left alone by `step`. With `static_grads` this is
                 always False.
         """
+        if self.trainable is not None:
+            # First, because buckets note which gradients nobody has written since.
+            super().zero_grad(set_to_none)
         for bucket in self._buckets:
             bucket.drop_grads(keep_views=self.static_grads or not set_to_none)
-        if self.trainable is not None:
-            super().zero_grad(set_to_none)
 
     def _collect(self) -> list[tuple[Bucket, tuple[bool, ...]]]:
         """All buckets in which a parameter has a gradient, with which of them have."""
+        self._refuse_inside_ema("a step")
         active = [(bucket, bucket.collect()) for bucket in self._buckets]
         return [(bucket, now) for bucket, now in active if any(now)]
 
-    def _sum(self, parts: Iterable[Tensor]) -> Tensor:
-        """Sum of fp64 tensors over buckets, on the first one's device."""
-        home = self._buckets[0].device
-        return sum(
-            (part.to(home, non_blocking=True) for part in parts), torch.zeros((), dtype=torch.float64, device=home)
-        )
+    def _sum(self, parts: Iterable[tuple[Bucket, Tensor]]) -> Tensor:
+        """Sum of fp64 tensors over buckets and their shards, on the first one's device."""
+        return sum_over_shards(parts, self._buckets[0].device).double()
 
     def _update(self) -> None:
         """Restore, if perturbed, and apply AdamW with L2-SP."""
@@ -349,7 +419,7 @@ class AdamWL2SP(FlatState):
         """What to multiply gradients with (unscaling, clipping), and on the device whether to skip the step."""
         norm_sq = None
         if self.max_grad_norm is not None and collected:
-            norm_sq = self._sum(ops.grad_norm_sq(bucket.grad, None, None) for bucket, _ in collected)
+            norm_sq = self._sum((bucket, ops.grad_norm_sq(bucket.grad, None, None)) for bucket, _ in collected)
         return self._scaled(Direction(), norm_sq)
 
     def _scaled(self, direction: Direction, norm_sq: Tensor | None) -> Direction:
@@ -358,7 +428,8 @@ class AdamWL2SP(FlatState):
         skip = None
         if (scale := getattr(self, "grad_scale", None)) is not None:
             factor = 1.0 / scale.to(torch.float64)
-        if (found_inf := getattr(self, "found_inf", None)) is not None:
+        # GradScaler gives the number 0 where there was no gradient to check.
+        if isinstance(found_inf := getattr(self, "found_inf", None), Tensor):
             skip = found_inf.squeeze() != 0
         if self.max_grad_norm is not None and norm_sq is not None:
             clip, overflow = coefficients.clip_factor(norm_sq, factor, self.max_grad_norm)
@@ -379,6 +450,9 @@ class AdamWL2SP(FlatState):
             dtype = torch.bfloat16 if narrow else compute_dtype(bucket.dtype)
             for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if bucket.group["amsgrad"] else 2]:
                 bucket.lane(name, dtype)
+            if self.ema_decay is not None and "ema" not in bucket.lanes:
+                clean = bucket.lanes.get("master", bucket.clean())
+                bucket.lane("ema", compute_dtype(bucket.dtype)).copy_(clean)
 
     def _hyper_parameters(self, bucket: Bucket) -> tuple[float | Tensor, ...]:
         group = bucket.group
@@ -410,7 +484,7 @@ class AdamWL2SP(FlatState):
             if direction.keep:
                 # The stored component is a gradient of the objective, whatever its sign in the update.
                 other = other * hyper[:, 5]
-            for i, coef in zip(here, coefficients.descent(hyper, step, own, key, other), strict=True):
+            for i, coef in zip(here, coefficients.descent(hyper, step, own, key, other, self.ema_decay), strict=True):
                 out[i] = coef
         return out
 
@@ -423,6 +497,9 @@ class AdamWL2SP(FlatState):
         salt = torch.tensor(
             [(self.seed * 0x9E3779B1 + order[id(b)] * 0xC2B2AE35 + purpose) & 0xFFFFFFFF for b in buckets]
         )
+        if any(bucket.shard_start for bucket in buckets):
+            starts = torch.tensor([bucket.shard_start for bucket in buckets])
+            offset = offset + starts.to(step.device, non_blocking=True)
         return coefficients.keys(step, salt.to(step.device, non_blocking=True), offset)
 
     def _update_run(self, run: Run, coef: Tensor, direction: Direction, zero_grad: bool) -> None:
@@ -456,4 +533,5 @@ class AdamWL2SP(FlatState):
             part(other),
             direction.keep,
             self._stays_perturbed,
+            part(lanes.get("ema")),
         )

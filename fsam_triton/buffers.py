@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .kernels.reference import CHUNK
+from .kernels.reference import CHUNK, pack_mask, unpack_mask
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Every parameter starts on a 128-byte boundary (vector loads, TMA and cuBLAS want it) and on a word of a mask.
 _ALIGN_BYTES = 128
@@ -26,17 +30,22 @@ class Bucket:
     Attributes:
         params: the parameters.
         weight: their values, flat [size].
-        lanes: buffers by name: exp_avg, exp_avg_sq, max_exp_avg_sq, master, anchor, fisher, orthogonal [size],
+        lanes: buffers by name: exp_avg, exp_avg_sq, max_exp_avg_sq, master, anchor, ema, fisher, orthogonal [size],
             mask [size / 32].
         steps: fp32 [len(params)], how often each was updated.
         known: whether each parameter was ever updated.
         backup: clean weights while the parameters are perturbed, [size], or None before it is needed.
         perturbed: whether `weight` holds perturbed values.
         selectable: whether a `FisherMask` chooses among these weights.
+        shard_group: the processes that have the other shards of these weights, or None.
+        shards, shard_index: how many shards there are, and which one this is.
+        shard_start: how many of the parameter's weights the shards before this one have.
     """
 
     # Whether the parameters are views of `weight`.
     flat = True
+    shard_group: ProcessGroup | None = None
+    shards, shard_index, shard_start = 1, 0, 0
 
     def __init__(
         self, params: Sequence[Parameter], group: dict, *, flatten: bool = True, selectable: bool = True
@@ -83,8 +92,8 @@ class Bucket:
         # Master weights rounded for `clean_view`, until the next pass writes them.
         self._rounded: Tensor | None = None
         # The gradients of the pass at hand, and those of the pass before it where they are still needed.
-        self._grads: _Gradients | None = None
-        self._ascent_grads: _Gradients | None = None
+        self._grads: Gradients | None = None
+        self._ascent_grads: Gradients | None = None
         # Parameters with the same entry have been updated equally often; see `advance`.
         self._lockstep: list[tuple[int, int]] = [(0, 0)] * len(self.params)
         self._tags = 0
@@ -113,7 +122,7 @@ class Bucket:
     def view(self, flat: Tensor, i: int) -> Tensor:
         """Parameter i's part of a flat buffer, in the parameter's shape and strides."""
         size = flat.element_size()
-        start = self.offsets[i] * size
+        start = (flat.storage_offset() + self.offsets[i]) * size
         storage = flat.untyped_storage()[start : start + self.shapes[i].numel() * size]
         with torch.no_grad():
             return torch.empty(0, dtype=flat.dtype, device=flat.device).set_(
@@ -136,11 +145,37 @@ class Bucket:
         """Parameter i's part of the buffer of that name."""
         return self.mask_words(i) if name == "mask" else self.view(self.lanes[name], i)
 
+    def shown(self, name: str, i: int) -> Tensor:
+        """`lane_view` as `state` shows it."""
+        return self.lane_view(name, i)
+
+    def taken(self, i: int, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameter i's entry in a loaded state as `lane_view` has it: masks, which shards show as bool, in words."""
+        out = dict(entry)
+        if "mask" in entry and entry["mask"].dtype == torch.bool:
+            flat = torch.zeros(self.shapes[i].numel(), dtype=torch.bool, device=entry["mask"].device)
+            flat.as_strided(self.shapes[i], self.strides[i]).copy_(entry["mask"])
+            out["mask"] = pack_mask(flat)
+        return out
+
+    def chosen(self, i: int) -> Tensor:
+        """Parameter i's mask, bool in its shape and strides."""
+        flat = unpack_mask(self.mask_words(i), torch.empty(self.shapes[i].numel(), device="meta"))
+        return flat.as_strided(self.shapes[i], self.strides[i]).clone()
+
+    def memory(self) -> list[Tensor]:
+        """The tensors whose memory the parameters are."""
+        return self.params
+
+    def versions(self) -> list[int]:
+        """Each parameter's count of writes."""
+        return [p._version for p in self.params]
+
     @property
-    def grads(self) -> _Gradients:
+    def grads(self) -> Gradients:
         """The gradients of the pass at hand, made when the first one arrives."""
         if self._grads is None:
-            self._grads = _Gradients(self)
+            self._grads = Gradients(self)
         return self._grads
 
     @property
@@ -152,7 +187,7 @@ class Bucket:
     def ascent_grad(self) -> Tensor:
         """Flat gradient [size] that `keep_ascent_grad` has put aside, or what a pass has left in its place."""
         if self._ascent_grads is None:
-            self._ascent_grads = _Gradients(self)
+            self._ascent_grads = Gradients(self)
         return self._ascent_grads.flat
 
     def keep_ascent_grad(self, static: bool) -> None:
@@ -163,7 +198,7 @@ class Bucket:
             self.grad.zero_()
             self.mark_grads_zeroed()
             return
-        kept, free = self.grads, self._ascent_grads or _Gradients(self)
+        kept, free = self.grads, self._ascent_grads or Gradients(self)
         free.forget()
         self._grads, self._ascent_grads = free, kept
 
@@ -215,8 +250,8 @@ class Bucket:
 
     def _check_parameters(self) -> None:
         # All at once: a call a parameter would take as long as a whole pass of a sparse step.
-        same = [p.data_ptr() for p in self.params] == self._pointers and all(p.dtype == self.dtype for p in self.params)
-        if not same:
+        same = [p.data_ptr() for p in self.memory()] == self._pointers
+        if not (same and all(p.dtype == self.dtype for p in self.params)):
             i, p = next((i, p) for i, p in enumerate(self.params) if not self.is_in_place(i))
             raise RuntimeError(
                 f"parameter {self.name(i)} was moved or replaced after the optimizer was made "
@@ -233,7 +268,7 @@ class Bucket:
         A master does so where the two differ, and keeps its extra bits elsewhere.
         """
         master = self.lanes.get("master")
-        if self.perturbed or (master is None and self.flat) or [p._version for p in self.params] == self._versions:
+        if self.perturbed or (master is None and self.flat) or self.versions() == self._versions:
             return
         for i, p in enumerate(self.params):
             if self.was_written(i):
@@ -265,12 +300,11 @@ class Bucket:
 
     def is_in_place(self, i: int) -> bool:
         """Whether parameter i is where it was when the bucket was made."""
-        p = self.params[i]
-        return p.data_ptr() == self._pointers[i] and p.dtype == self.dtype
+        return self.memory()[i].data_ptr() == self._pointers[i] and self.params[i].dtype == self.dtype
 
     def remember_versions(self) -> None:
         """Take the parameters' present values as the ones this optimizer wrote."""
-        self._versions = [p._version for p in self.params]
+        self._versions = self.versions()
 
     def written(self) -> None:
         """Tell autograd that a pass has written the parameters in place."""
@@ -318,6 +352,19 @@ class Bucket:
                 self.weight.copy_(self.clean())
             self.perturbed = False
             self.written()
+
+    def replace(self, weight: Tensor) -> Tensor:
+        """Write other weights, [size], into the parameters, which are not perturbed.
+
+        Returns:
+            A copy of those they had.
+        """
+        self._check_parameters()
+        before = self.weight.clone()
+        with torch.no_grad():
+            self.weight.copy_(weight)
+        self.written()
+        return before
 
     def advance(self, active: tuple[bool, ...], may_skip: bool) -> None:
         """Note that the active parameters are being updated, unless (may_skip) the device decides to skip the update.
@@ -378,13 +425,15 @@ class Bucket:
         return repr(names[position]) if names else f"number {position} of its group (shape {tuple(self.shapes[i])})"
 
 
-class _Gradients:
+class Gradients:
     """A flat gradient, each parameter's view of it, and which views are zero because nothing was written since."""
 
-    def __init__(self, bucket: Bucket) -> None:
-        self.flat = torch.zeros(bucket.size, dtype=bucket.dtype, device=bucket.device)
+    def __init__(self, bucket: Bucket, flat: Tensor | None = None) -> None:
+        self.flat = torch.zeros(bucket.size, dtype=bucket.dtype, device=bucket.device) if flat is None else flat
         self.views = [bucket.view(self.flat, i) for i in range(len(bucket.params))]
         self.mark_zero()
+        if flat is not None:
+            self.forget()
 
     def mark_zero(self) -> None:
         """All of it is zero now."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from .sharded import local
+
 if TYPE_CHECKING:
     from .state import FlatState
 
@@ -33,7 +35,7 @@ class ShowClean:
             # With keep_vars=True the parameter itself is wanted.
             if shown is not None and shown is not p and (clean := optimizer.clean_weight(p)) is not None:
                 # A tied parameter shares one storage in the state dict too, so that it is saved once.
-                if (before := self._shown.get(id(p))) is None or before.data_ptr() != clean.data_ptr():
+                if (before := self._shown.get(id(p))) is None or local(before).data_ptr() != local(clean).data_ptr():
                     self._shown[id(p)] = before = clean
                 state_dict[prefix + name] = before
 

@@ -16,9 +16,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fsam_triton import FSAM, FishMask, MomentumSAM, SparseMerger, WorkerError, estimate_fisher, save_pretrained
+from fsam_triton import (
+    FSAM,
+    FishMask,
+    MixupDraw,
+    MomentumSAM,
+    SparseMerger,
+    WorkerError,
+    estimate_fisher,
+    save_pretrained,
+)
 from fsam_triton.files import written_whole
-from fsam_triton.options import MEANINGS, SAM_TYPES, Arguments, build_optimizer, naming_options
+from fsam_triton.options import MEANINGS, SAM_TYPES, Arguments, build_mixup, build_optimizer, naming_options
 from fsam_triton.report import PeakMemory, Run, format_table, plot_curves
 from fsam_triton.texts import (
     InputError,
@@ -192,6 +201,7 @@ class Trainer:
         self.collator = transformers.DataCollatorWithPadding(tokenizer)
         self.run = Run(SAM_TYPES[sam_type])
         self.rank, self.workers = worker
+        self.mixup = build_mixup(arguments, total_steps, self.rank)
         self.merger = None
         if arguments.local_steps:
             self.merger = SparseMerger(self.model, self.optimizer, lambda: trainable, local_steps=arguments.local_steps)
@@ -211,11 +221,15 @@ class Trainer:
         if isinstance(self.optimizer, MomentumSAM):
             self.optimizer.train() if training else self.optimizer.eval()
 
-    def logits(self, features):
-        """Return the logits of all ``features``, in fp32 on the CPU, without dropout, at the clean weights."""
+    def final_weights(self):
+        """Return a context in which the model has the weights to evaluate and to save: clean ones, or their average."""
         self.set_training(False)
+        return self.optimizer.ema_weights() if self.optimizer.ema_decay is not None else contextlib.nullcontext()
+
+    def logits(self, features):
+        """Return the logits of all ``features``, in fp32 on the CPU, without dropout, at the final weights."""
         size = self.arguments.per_device_eval_batch_size
-        with torch.no_grad():
+        with torch.no_grad(), self.final_weights():
             batches = (self.collate(features[i : i + size]) for i in range(0, len(features), size))
             return torch.cat([self.forward(batch).logits for batch in batches]).float().cpu()
 
@@ -230,20 +244,26 @@ class Trainer:
 
     def step(self, features):
         """Make one optimizer step on a batch and note its loss and its time."""
+        smoothing = self.arguments.label_smoothing_factor
 
         def closure():
             self.optimizer.zero_grad()
-            loss = self.forward(batch).loss
+            with draw.applied(self.model):
+                logits = self.forward(batch).logits.float()
+            loss = draw.loss(logits, batch["labels"], smoothing)
             loss.backward()
             return loss
 
         def losses(part):
             logits = self.forward(part).logits.float()
-            return torch.nn.functional.cross_entropy(logits, part["labels"], reduction="none")
+            return torch.nn.functional.cross_entropy(
+                logits, part["labels"], reduction="none", label_smoothing=smoothing
+            )
 
         self.set_training(True)
         start = time.perf_counter()
         batch = self.collate(features)
+        draw = self.mixup.draw(len(features), len(self.run.losses)) if self.mixup else MixupDraw()
         if isinstance(self.optimizer, FSAM) and self.optimizer.gamma < 1:
             loss = self.optimizer.step(losses, batch).mean().item()
         else:
@@ -312,7 +332,9 @@ def finetune(arguments):
         test = encode(tokenizer, texts, length)
     description = f"{train.source}: {len(train)} training and {len(validation)} validation texts, {len(names)} labels"
     train, validation = (encode(tokenizer, texts, length, names) for texts in (train, validation))
-    arguments.check_mask(load_empty_model(path, names))
+    empty = load_empty_model(path, names)
+    arguments.check_mask(empty)
+    arguments.check_mixup(empty)
     output = make_output_dir(arguments.output_dir)
     rank, workers = join_workers(arguments)
     steps = arguments.total_steps(len(train), workers)
@@ -327,10 +349,11 @@ def finetune(arguments):
         if rank > 0:
             continue
         folder = output / sam_type if len(arguments.sam_type) > 1 else output
-        if arguments.save_delta:
-            save_pretrained(trainer.model, mask, folder)
-        else:
-            save(trainer.model, tokenizer, folder)
+        with trainer.final_weights():
+            if arguments.save_delta:
+                save_pretrained(trainer.model, mask, folder)
+            else:
+                save(trainer.model, tokenizer, folder)
         if test:
             predictions = (names[i] for i in trainer.logits(test).argmax(-1).tolist())
             lines = ["index\tprediction", *(f"{i}\t{prediction}" for i, prediction in enumerate(predictions))]

@@ -189,6 +189,7 @@ class FSAM(ScheduledRho):
         """Whether the schedule wants the coming step to be sharpness-aware."""
         return self.schedule.is_sharp(self.param_groups[0]["updates"])
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[..., Any] | None = None, batch: Any = None) -> Any:
         """Descend, with a closure after an ascent: the whole step; without one: the second half after `perturb`.
@@ -256,6 +257,7 @@ class FSAM(ScheduledRho):
             losses.mean().backward()
         return losses.detach()
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def perturb(self, scaler: GradScaler | None = None) -> None:
         """Climb: w -> w + eps(w) from the gradients there are, which are cleared. The schedule decides on rho alone.
@@ -274,6 +276,8 @@ class FSAM(ScheduledRho):
         collected = self._collect()
         if not collected:
             raise RuntimeError("perturb() needs gradients: call backward() first")
+        # Until the step anybody may save the model; within step(closure) only the closure could.
+        self._show_clean()
         # Not get_scale(), which waits for the device.
         scale = None if scaler is None else scaler.scale(torch.ones((), device=self._buckets[0].device))
         try:
@@ -504,6 +508,18 @@ class FSAM(ScheduledRho):
                 bucket.lanes.pop("fisher", None)
 
     # -- the descent ---------------------------------------------------------------------------------------------------
+
+    def _allocate(self, collected: list[tuple[Bucket, tuple[bool, ...]]]) -> None:
+        super()._allocate(collected)
+        for bucket, _ in collected:
+            # torch.distributed.checkpoint loads those entries alone that a new optimizer's state has.
+            if is_sharded(bucket.params[0]):
+                if self.mask is not None and bucket.selectable:
+                    bucket.lane("mask", torch.int32)
+                    if self._adds_up:
+                        bucket.lane("fisher", compute_dtype(bucket.dtype))
+                if self.schedule.reuse > 0:
+                    bucket.orthogonal()
 
     def _update(self) -> None:
         try:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from . import coefficients, ops
 from .adamw_l2sp import Direction, Run
 from .buffers import Bucket
-from .clean_state import show_clean
 from .errors import check
 from .rho import ScheduledRho
 from .schedule import Schedule
@@ -69,21 +68,15 @@ class MomentumSAM(ScheduledRho):
         **adamwl2sp: Any,
     ) -> None:
         self._training = True
-        # Parameters whose modules do not know yet that they are to show clean weights.
-        self._unseen: list[Parameter] = []
         # The scale of the perturbation at hand is saved, because the moment's norm was predicted, not measured.
         super().__init__(params, lr, rho=rho, schedule=schedule, _group_defaults={"scale": 0.0}, **adamwl2sp)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as AdamWL2SP; its parameters are perturbed from the next step on."""
-        super().add_param_group(param_group)
-        self._unseen += self.param_groups[-1]["params"]
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
         every = group["schedule"]["every"]
         check(every == 1, "schedule.every", every, "must be 1: the perturbation costs no backward pass to leave out")
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the clean weights with the gradients taken at the perturbed ones, and perturb for the next step.
@@ -95,8 +88,9 @@ class MomentumSAM(ScheduledRho):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: the optimizer is in eval mode.
+            RuntimeError: the optimizer is in eval mode, or inside `ema_weights`.
         """
+        self._refuse_inside_ema("a step")
         if not self._training:
             raise RuntimeError("step() in eval mode: call optimizer.train() before the forward pass")
         # Not by way of the inherited step, around which torch.optim would call the hooks of a step once more.
@@ -110,7 +104,12 @@ class MomentumSAM(ScheduledRho):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Put the perturbed weights into the parameters, the same as before `eval`. Does nothing in train mode."""
+        """Put the perturbed weights into the parameters, the same as before `eval`. Does nothing in train mode.
+
+        Raises:
+            RuntimeError: inside `ema_weights`.
+        """
+        self._refuse_inside_ema("train()")
         if self._training:
             return
         self._training = True
@@ -120,6 +119,19 @@ class MomentumSAM(ScheduledRho):
         """Put the clean weights into the parameters."""
         self.restore()
         self._training = False
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """As AdamWL2SP, also while perturbed; at the end the parameters hold what they held before, to the bit."""
+        self._refuse_inside_ema("ema_weights()")
+        training = self._training
+        self.eval()
+        try:
+            with super().ema_weights():
+                yield
+        finally:
+            if training:
+                self.train()
 
     def restore(self) -> None:
         """Put back the clean weights, to the bit, until the next step perturbs them again."""
@@ -133,29 +145,10 @@ class MomentumSAM(ScheduledRho):
             bucket.perturbed = bucket.perturbed and self._is_in_use(bucket)
         super().restore()
 
-    def clean_weight(self, p: Tensor) -> Tensor | None:
-        bucket, i = self._places.get(p, (None, 0))
-        # What somebody else has written (by loading weights) or put in its place is clean as it is.
-        if bucket is None or not bucket.perturbed or bucket.was_written(i):
-            return None
-        if self._was_moved(bucket, p):
-            return super().clean_weight(p).to(p)
-        return super().clean_weight(p) if bucket.is_in_place(i) else None
-
-    @staticmethod
-    def _was_moved(bucket: Bucket, p: Tensor) -> bool:
-        """Whether p was moved to another device or cast, as the model's `to` does."""
-        return (p.device, p.dtype) != (bucket.device, bucket.dtype)
-
     @staticmethod
     def _is_in_use(bucket: Bucket) -> bool:
         """Whether any parameter still lies in the bucket's buffer."""
         return any(map(bucket.is_in_place, range(len(bucket.params))))
-
-    def _show_clean(self) -> None:
-        if self._unseen:
-            show_clean(self, self._unseen)
-            self._unseen = []
 
     def state_dict(self) -> dict[str, Any]:
         for bucket in self._buckets:
@@ -216,19 +209,21 @@ class MomentumSAM(ScheduledRho):
             for now in (True, False):
                 for start, stop in bucket.stretches(tuple(is_active == now for is_active in active)):
                     exp_avg, grad = bucket.lanes["exp_avg"][start:stop], bucket.grad[start:stop]
-                    dots.append((bucket.group, now, ops.surrogate_gap(exp_avg, grad).to(home, non_blocking=True)))
-        direction = self._scaled(Direction(), self._sum(dot[2] for _, now, dot in dots if now))
+                    dots.append((bucket, now, ops.surrogate_gap(exp_avg, grad).to(home, non_blocking=True)))
+        direction = self._scaled(Direction(), self._sum((bucket, dot[2]) for bucket, now, dot in dots if now))
         norm_sq = self._sum(
-            coefficients.next_moment_sq(dot, group["betas"][0], self._sign(group) * direction.factor) if now else dot[1]
-            for group, now, dot in dots
+            (bucket, self._next_moment_sq(bucket.group, dot, direction) if now else dot[1]) for bucket, now, dot in dots
         )
         if direction.skip is not None:
-            norm_sq = torch.where(direction.skip, self._sum(dot[1] for _, _, dot in dots), norm_sq)
+            norm_sq = torch.where(direction.skip, self._sum((bucket, dot[1]) for bucket, _, dot in dots), norm_sq)
         for group in self.param_groups:
             following = {**group, "updates": group["updates"] + 1}
             rho = self._rho(following) if self.schedule.is_sharp(following["updates"]) else 0.0
             group["scale"] = -coefficients.radius(rho, norm_sq)
         return direction
+
+    def _next_moment_sq(self, group: Mapping[str, Any], dots: Tensor, direction: Direction) -> Tensor:
+        return coefficients.next_moment_sq(dots, group["betas"][0], self._sign(group) * direction.factor)
 
     def _coefficients(self, runs: list[Run], direction: Direction) -> list[Tensor]:
         out = []
@@ -238,10 +233,10 @@ class MomentumSAM(ScheduledRho):
             step = bucket.steps.max().view(1)
             offset = torch.tensor([start]).to(bucket.device, non_blocking=True)
             key = self._keys([bucket], step, _PERTURBATION, offset)
-            coef = torch.cat((coef, torch.zeros_like(key), scale.view(1), key))
+            coef = torch.cat((coef[:9], torch.zeros_like(key), scale.view(1), key, coef[12:]))
             if not active:
-                # Restored and perturbed anew, not updated.
-                coef[0] = float("nan")
+                # Restored and perturbed anew, not updated, nor their average.
+                coef[0] = coef[12:] = float("nan")
             out.append(coef)
         return out
 
@@ -249,7 +244,3 @@ class MomentumSAM(ScheduledRho):
         if self.perturbed:
             raise RuntimeError("the weights are perturbed: call eval() before copying or pickling the optimizer")
         return super().__getstate__()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._unseen = list(self._places)

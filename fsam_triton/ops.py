@@ -27,8 +27,8 @@ _library.define(
 _library.define(
     "adamw_l2sp_(Tensor(a!) weight, Tensor(b!) grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, "
     "Tensor(e!)? max_exp_avg_sq, Tensor(f!)? backup, Tensor(g!)? master, Tensor? anchor, Tensor coef, "
-    "bool stochastic, bool zero_grad, Tensor(h!)? other_grad=None, bool keep_orthogonal=False, bool perturb=False) "
-    "-> ()"
+    "bool stochastic, bool zero_grad, Tensor(h!)? other_grad=None, bool keep_orthogonal=False, bool perturb=False, "
+    "Tensor(i!)? ema=None) -> ()"
 )
 _library.define("digit_histogram(Tensor values, Tensor prefix, int shift, int bits, bool wide) -> Tensor")
 _library.define("write_mask_(Tensor(a!) mask, Tensor values, Tensor threshold, Tensor quota, bool wide) -> Tensor")
@@ -226,29 +226,34 @@ def _cpu_adamw_l2sp_(
     other_grad=None,
     keep_orthogonal=False,
     perturb=False,
+    ema=None,
 ) -> None:
     tensors = (weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, backup, master, anchor)
     if interpreting():
-        return _triton().adamw_l2sp_(*tensors, coef, stochastic, zero_grad, other_grad, keep_orthogonal, perturb)
+        return _triton().adamw_l2sp_(*tensors, coef, stochastic, zero_grad, other_grad, keep_orthogonal, perturb, ema)
     n, dtype = weight.numel(), weight.dtype
     narrow = master is None and weight.element_size() == 2
     noisy = narrow and stochastic and _can_compile()
-    # In two passes over what is in the cache: see `reference.shift_`.
+    # In several passes over what is in the cache: see `reference.shift_`.
     twice = narrow and perturb
+    averaged = narrow and ema is not None
     if twice:
         tensors = (backup, *tensors[1:5], None, *tensors[6:])
     v_dtype = exp_avg_sq.dtype if exp_avg_sq.element_size() == 2 else None
-    chunk = _PART if (noisy or twice) and _can_compile() else max(n, 1)
+    chunk = _PART if (noisy or twice or averaged) and _can_compile() else max(n, 1)
     for start in range(0, n, chunk):
         stop = min(start + chunk, n)
         noise = _noise(stop - start, start, coef[8], dtype, v_dtype) if noisy else (None, None)
-        *flat, other = _slices(start, stop, *tensors, other_grad)
-        flags = (stochastic, zero_grad, other, keep_orthogonal, perturb and not twice)
+        *flat, other, average = _slices(start, stop, *tensors, other_grad, ema)
+        flags = (stochastic, zero_grad, other, keep_orthogonal, perturb and not twice, None if averaged else average)
         _run_compiled(reference.adamw_l2sp_, *flat, coef, *flags, *noise)
         if twice:
             flat = _slices(start, stop, weight, backup, exp_avg)
             eps_noise = _noise(stop - start, start, coef[11], dtype, None)[0] if noisy else None
             _run_compiled(reference.shift_, *flat, coef, stochastic, eps_noise)
+        if averaged:
+            clean = (backup if twice else weight)[start:stop]
+            _run_compiled(reference.average_, average, clean, coef)
 
 
 def _cpu_digit_histogram(*args) -> Tensor:

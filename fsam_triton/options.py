@@ -14,6 +14,7 @@ from .fish import FishMask
 from .fisher import estimate_fisher
 from .fsam import FSAM
 from .masks import FisherMask
+from .mixup import Mixup
 from .momentum_sam import MomentumSAM
 from .schedule import Schedule
 from .texts import InputError
@@ -90,6 +91,14 @@ _OPTION_OF = {meaning.argument: meaning.option for meaning in MEANINGS} | {
     "eps value": "adam_epsilon",
     "weight_decay value": "weight_decay",
     "l2_sp value": "l2_sp",
+    "ema_decay": "ema_decay",
+}
+# The same for `Mixup`.
+_MIXUP_OPTION_OF = {
+    "alpha": "mixup_alpha",
+    "lam": "mixup_lambda",
+    "where": "mixup_where",
+    "start": "mixup_start",
 }
 
 
@@ -157,6 +166,12 @@ class Arguments:
     )
     rho_min: float | None = tuning("where rho ends, with --rho_follows")
     l2_sp: float = option(0.0, "decay of the pretrained parameters towards their initial values")
+    ema_decay: float | None = option(None, "evaluate and save an average of the weights with this decay, 0.999 say")
+    mixup_alpha: float | None = option(None, "mixup, with lambda drawn for each step from Beta(alpha, alpha)")
+    mixup_lambda: float | None = option(None, "mixup, with this lambda; 0.5 in Mixup-Transformer")
+    mixup_where: Literal["pooled", "embeddings"] | None = option(None, "what mixup mixes (default: pooled)")
+    mixup_start: float | None = option(None, "share of the steps before mixup begins (default: 0.5)")
+    label_smoothing_factor: float = option(0.0, "share of each label that is spread over all labels")
 
     learning_rate: float = option(2e-4, "peak learning rate; for BERT-sized models 2e-5 to 5e-5")
     weight_decay: float = option(0.01, "decay towards 0; not of biases and norm layers")
@@ -193,6 +208,11 @@ class Arguments:
     def trains_all(self):
         """Whether all weights are trained."""
         return self.trainable == "all"
+
+    @property
+    def mixes(self):
+        """Whether there is mixup."""
+        return self.mixup_alpha is not None or self.mixup_lambda is not None
 
     @property
     def text_columns(self):
@@ -236,6 +256,8 @@ class Arguments:
         for name in ("warmup_ratio", "rho_warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"Invalid --{name}: {getattr(self, name)}; must be between 0 and 1")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise InputError(f"Invalid --label_smoothing_factor: {self.label_smoothing_factor}; must be in [0, 1)")
         if not self.max_grad_norm >= 0:
             raise InputError(f"Invalid --max_grad_norm: {self.max_grad_norm}; must be >= 0")
         if self.task_name and self.train_file:
@@ -246,6 +268,7 @@ class Arguments:
             raise InputError(f"Invalid --text_column_names: {self.text_column_names}; must be one column or two")
         self._check_meaning()
         self._check_together()
+        build_mixup(self, total_steps=100)
         with naming_options():
             FisherMask(**self.of(FisherMask, "fisher-sam"))
         # A throw-away model, because the optimizers themselves know best which values they accept. The mask takes all
@@ -273,6 +296,7 @@ class Arguments:
     def _check_together(self):
         """Raise InputError for options that contradict each other."""
         by_tensor = self.beta_per == "tensor" and not _ESAM.isdisjoint(self.sam_type)
+        selects = self.gamma < 1 and not _ESAM.isdisjoint(self.sam_type)
         masked = [sam_type for sam_type in self.sam_type if sam_type in FISHER]
         for wrong, message in (
             (
@@ -285,6 +309,18 @@ class Arguments:
             (
                 self.mask_interval >= 1 and not 1 <= self.mask_samples <= self.mask_interval,
                 f"Invalid --mask_samples: {self.mask_samples}; must be from 1 to --mask_interval {self.mask_interval}",
+            ),
+            (
+                self.local_steps and self.ema_decay is not None,
+                "--ema_decay and --local_steps exclude each other: workers merge weights, not averages of them",
+            ),
+            (
+                (self.mixup_where or self.mixup_start is not None) and not self.mixes,
+                "--mixup_where and --mixup_start need --mixup_alpha or --mixup_lambda",
+            ),
+            (
+                self.mixes and selects,
+                "mixup with an esam type needs --gamma 1: rows are mixed with rows of the whole batch",
             ),
             (self.sam_reuse > 0 and self.sam_every == 1, "--sam_reuse needs --sam_every > 1"),
             (self.sam_reuse > 0 and by_tensor, "--sam_reuse with an esam type needs --beta_per element"),
@@ -312,15 +348,22 @@ class Arguments:
                 mask = FisherMask(**self.of(FisherMask, "fisher-sam"))
                 mask.count([p.shape for name, p in model.named_parameters() if mask.selects_from(name, p)])
 
+    def check_mixup(self, model):
+        """Raise InputError if nothing of a model, which may be on the meta device, can be mixed."""
+        mixup = build_mixup(self, total_steps=1)
+        if mixup is not None:
+            with naming_options(_MIXUP_OPTION_OF), dataclasses.replace(mixup, start=0.0).draw(1, 0).applied(model):
+                pass
+
 
 @contextlib.contextmanager
-def naming_options():
+def naming_options(option_of=_OPTION_OF):
     """Turn the library's ValueErrors into InputErrors that name the option instead of the argument."""
     try:
         yield
     except ValueError as error:
         argument, _, rest = str(error).removeprefix("Invalid ").partition(": ")
-        name = _OPTION_OF.get(argument)
+        name = option_of.get(argument)
         raise InputError(f"Invalid --{name}: {rest}" if name else str(error)) from error
 
 
@@ -349,6 +392,7 @@ def build_optimizer(arguments, sam_type, model, novel, total_steps, trainable=No
         "max_grad_norm": arguments.max_grad_norm or None,
         "l2_sp": arguments.l2_sp,
         "seed": arguments.seed,
+        "ema_decay": arguments.ema_decay,
         "trainable": trainable,
     }
     if arguments.l2_sp:
@@ -365,6 +409,20 @@ def build_optimizer(arguments, sam_type, model, novel, total_steps, trainable=No
         if sam_type in FISHER:
             keywords["mask"] = FisherMask(**arguments.of(FisherMask, sam_type))
         return FSAM.from_sam_type(sam_type, groups, **keywords)
+
+
+def build_mixup(arguments, total_steps, rank=0):
+    """Return the `Mixup` of a run of so many steps, for a worker of this rank; None if the options ask for none.
+
+    Raises:
+        InputError: an option is out of its range.
+    """
+    if not arguments.mixes:
+        return None
+    given = {argument: getattr(arguments, name) for argument, name in _MIXUP_OPTION_OF.items()}
+    with naming_options(_MIXUP_OPTION_OF):
+        given = {argument: value for argument, value in given.items() if value is not None}
+        return Mixup(total_steps, seed=arguments.seed + rank, **given)
 
 
 def build_schedule(arguments, sam_type, total_steps):

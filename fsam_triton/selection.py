@@ -12,6 +12,7 @@ from torch import Tensor
 from . import ops
 from .buffers import Bucket
 from .kernels.reference import key_at, random_bits
+from .sharded import of_all_shards, sum_over_shards
 
 if TYPE_CHECKING:
     from .masks import FisherMask
@@ -58,10 +59,10 @@ def _random_values(buckets: Sequence[Bucket], key: int) -> list[Tensor]:
     out, start = [], 0
     for bucket in buckets:
         out.append(torch.zeros(bucket.size, device=bucket.device))
-        for offset, shape in zip(bucket.offsets, bucket.shapes, strict=True):
+        for p, offset, shape in zip(bucket.params, bucket.offsets, bucket.shapes, strict=True):
             n = shape.numel()
-            out[-1][offset : offset + n] = _random(n, bucket.device, key, start)
-            start += n
+            out[-1][offset : offset + n] = _random(n, bucket.device, key, start + bucket.shard_start)
+            start += p.numel()
     return out
 
 
@@ -131,7 +132,7 @@ def select_top_k(buckets: Sequence[Bucket], values: Sequence[Tensor], k: int) ->
     Args:
         buckets: their masks are written.
         values: flat floats in the layout of each bucket; their magnitudes are compared exactly.
-        k: how many, from 1 to the number of weights in the buckets.
+        k: how many, from 1 to the number of weights in the buckets and their other shards.
     """
     home = values[0].device
     wide = any(v.dtype == torch.float64 for v in values)
@@ -141,15 +142,25 @@ def select_top_k(buckets: Sequence[Bucket], values: Sequence[Tensor], k: int) ->
     while top > 0:
         bits = min(bits, top)
         top -= bits
-        hist = sum(ops.digit_histogram(v, threshold.to(v.device), top, bits, wide).to(home) for v in values)
+        hists = [ops.digit_histogram(v, threshold.to(v.device), top, bits, wide) for v in values]
+        hist = sum_over_shards(zip(buckets, hists, strict=True), home)
         at_least = hist.flip(0).cumsum(0).flip(0)
         # The last digit that still leaves `quota` keys at or above it. Gathered: indexing would wait for the device.
         digit = (at_least >= quota).sum().view(1) - 1
         quota = quota - (at_least - hist).gather(0, digit)[0]
         threshold = threshold | (digit[0] << top)
+    sharded = [bucket for bucket in buckets if bucket.shard_group is not None]
+    pairs = zip(buckets, hists, strict=True)
+    ties = [hist.gather(0, digit.to(hist.device)) for bucket, hist in pairs if bucket.shard_group is not None]
+    of_shards = dict(zip(sharded, of_all_shards(sharded, ties), strict=True))
     for bucket, v in zip(buckets, values, strict=True):
         bucket.lane("mask", torch.int32)
         left, limit = quota.to(v.device), threshold.to(v.device)
+        if bucket in of_shards:
+            before = of_shards[bucket][: bucket.shard_index].sum()
+            ops.write_mask_(bucket.lanes["mask"], v, limit, (left - before).clamp(min=0), wide)
+            quota = (quota - of_shards[bucket].sum().to(home)).clamp(min=0)
+            continue
         # Parameter by parameter, so that gaps between them, which hold zeros, never count as ties.
         for i, shape in enumerate(bucket.shapes):
             part = v[bucket.offsets[i] : bucket.offsets[i] + shape.numel()]
@@ -175,6 +186,7 @@ def _of_each_tensor(buckets: Sequence[Bucket], measure: Callable[[Tensor], Tenso
     for bucket in buckets:
         bucket.lane("mask", torch.int32)
         rows.append(torch.stack([measure(bucket.mask_words(i)) for i in range(len(bucket.shapes))]))
+    rows = [row.sum(0, dtype=row.dtype) for row in of_all_shards(buckets, rows)]
     flat = iter(torch.cat([row.to(rows[0].device) for row in rows]).tolist())
     return [[next(flat) for _ in bucket.shapes] for bucket in buckets]
 

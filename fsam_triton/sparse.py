@@ -39,6 +39,8 @@ class SparseBucket(Bucket):
             self.view(self._index, i).copy_(in_memory(positions, p))
         self.weight = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         self._shown: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        # Gradients that `drop_grads` has zeroed, with their version then.
+        self._zeroed: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._pointers = [p.data_ptr() for p in self.params]
         ops.gather_(self.weight, self.params, self._index, self.offsets, self._counts)
         self.remember_versions()
@@ -56,7 +58,7 @@ class SparseBucket(Bucket):
 
     def collect(self) -> tuple[bool, ...]:
         self._check_parameters()
-        grads = [p.grad for p in self.params]
+        grads = [None if self._is_zeroed(i) else p.grad for i, p in enumerate(self.params)]
         active = [i for i, grad in enumerate(grads) if grad is not None]
         if active:
             sources = [self._like(grads[i], i) for i in active]
@@ -77,12 +79,19 @@ class SparseBucket(Bucket):
         super().written()
 
     def drop_grads(self, keep_views: bool) -> None:
-        for p in self.params:
+        for i, p in enumerate(self.params):
             if not keep_views:
                 p.grad = None
             elif p.grad is not None:
                 with torch.no_grad():
                     p.grad.zero_()
+                self._zeroed[i] = (weakref.ref(p.grad), p.grad._version)
+
+    def _is_zeroed(self, i: int) -> bool:
+        """Whether parameter i's gradient was zeroed and nothing written since."""
+        zeroed, version = self._zeroed.get(i, (lambda: None, 0))
+        grad = zeroed()
+        return grad is not None and grad is self.params[i].grad and grad._version == version
 
     def clean_view(self, i: int) -> Tensor | None:
         if not self.perturbed:

@@ -1,4 +1,4 @@
-"""The descent in one pass: restore, unscale, clip, combine gradients, decay or L2-SP, AdamW, next perturbation."""
+"""The descent in one pass: restore, unscale, clip, combine gradients, L2-SP, AdamW, next perturbation, EMA."""
 
 import torch
 import triton
@@ -19,6 +19,7 @@ def adamw_l2sp_kernel(
     master_ptr,
     anchor_ptr,
     other_grad_ptr,
+    ema_ptr,
     coef_ptr,
     n,
     AMSGRAD: tl.constexpr,
@@ -30,6 +31,7 @@ def adamw_l2sp_kernel(
     OTHER: tl.constexpr,
     KEEP_ORTHOGONAL: tl.constexpr,
     PERTURB: tl.constexpr,
+    EMA: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -41,7 +43,9 @@ def adamw_l2sp_kernel(
 
     A coordinate whose scaled gradient or its square is not finite is only restored; a factor of NaN skips the whole
     update. If PERTURB the clean weights go to the backup or the master, and the weights get w + scale * m, the
-    perturbation of the next step (Momentum-SAM, arXiv 2401.12033).
+    perturbation of the next step (Momentum-SAM, arXiv 2401.12033). If EMA also
+
+    ema <- ema + rate (w - ema), with the new clean weights as they are stored, where that is a finite change
 
     The square root and the division are the device's fast ones (1 and 2 ulp in fp32).
 
@@ -54,12 +58,13 @@ def adamw_l2sp_kernel(
         anchor_ptr: anchors, the weights' type, if ANCHOR.
         other_grad_ptr: a second gradient, the weights' type, if OTHER; if KEEP_ORTHOGONAL it is not added to the first,
             but grad - other * other_grad is written over it (LookSAM's orthogonal component, to be used again).
+        ema_ptr: average of the clean weights, fp32 (fp64 for fp64 weights), length n, if EMA.
         coef_ptr: fp64 [9]: factor, decay, 1 - beta1, beta2, 1 - beta2, step_size, inv_sqrt_bias2, eps, key; if OTHER or
-            PERTURB [12]: other, scale of the next perturbation, its key.
+            PERTURB [12]: other, scale of the next perturbation, its key; if EMA [13]: rate, NaN to leave the average.
         n: number of elements; a multiple of BLOCK if EVEN.
 
     Bytes per element: fp32 28; bf16 with fp32 moments and master 28; bf16 throughout 14; more with AMSGRAD, ANCHOR or
-    OTHER; PERTURB adds a write of the weights' type where there is no master.
+    OTHER; PERTURB adds a write of the weights' type where there is no master, EMA 8 bytes.
     """
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     state_dtype: tl.constexpr = exp_avg_ptr.dtype.element_ty
@@ -125,6 +130,11 @@ def adamw_l2sp_kernel(
         new_w = w
     else:
         new_w = round_to(w, w_rand, dtype, STOCHASTIC)
+    if EMA:
+        average = tl.load(ema_ptr + start + offs, mask=inside)
+        change = tl.load(coef_ptr + 12).to(compute) * (new_w.to(compute) - average)
+        average = tl.where(tl.abs(change) < float("inf"), average + change, average)
+        tl.store(ema_ptr + start + offs, average, mask=inside)
     if PERTURB:
         if BACKUP:
             tl.store(backup_ptr + start + offs, new_w, mask=inside)
@@ -163,6 +173,7 @@ def adamw_l2sp_(
     other_grad: torch.Tensor | None = None,
     keep_orthogonal: bool = False,
     perturb: bool = False,
+    ema: torch.Tensor | None = None,
 ) -> None:
     """Launch `adamw_l2sp_kernel`; arguments as `reference.adamw_l2sp_`."""
     n = weight.numel()
@@ -178,6 +189,7 @@ def adamw_l2sp_(
         master,
         anchor,
         other_grad,
+        ema,
         coef,
         n,
         AMSGRAD=max_exp_avg_sq is not None,
@@ -189,6 +201,7 @@ def adamw_l2sp_(
         OTHER=other_grad is not None,
         KEEP_ORTHOGONAL=keep_orthogonal,
         PERTURB=perturb,
+        EMA=ema is not None,
         EVEN=n % BLOCK == 0,
         BLOCK=BLOCK,
         num_warps=WARPS,

@@ -270,6 +270,7 @@ def adamw_l2sp_(
     other_grad: Tensor | None = None,
     keep_orthogonal: bool = False,
     perturb: bool = False,
+    ema: Tensor | None = None,
     w_noise: Tensor | None = None,
     v_noise: Tensor | None = None,
 ) -> None:
@@ -281,7 +282,8 @@ def adamw_l2sp_(
 
     A coordinate whose scaled gradient or its square is not finite is only restored; a factor of NaN skips the whole
     update. With `perturb` the clean weights go to the backup or the master, and the weights get w + scale * m, the
-    perturbation of the next step (Momentum-SAM, arXiv 2401.12033).
+    perturbation of the next step (Momentum-SAM, arXiv 2401.12033). With `ema` the average follows the new clean
+    weights, see `average_`.
 
     Args:
         weight: weights [n]; written, and read unless a backup or a master is given.
@@ -292,13 +294,14 @@ def adamw_l2sp_(
         master: fp32 clean weights [n]; written; or None.
         anchor: anchors, the weights' type [n], or None to decay to zero.
         coef: fp64 [9]: factor, decay, 1 - beta1, beta2, 1 - beta2, step_size, inv_sqrt_bias2, eps, key; if needed
-            [12]: other, scale of the next perturbation, its key.
+            [12]: other, scale of the next perturbation, its key; with `ema` [13]: see `average_`.
         stochastic: round 16-bit weights and second moments stochastically, where there is no master.
         zero_grad: whether to clear the gradient.
         other_grad: a second gradient, the weights' type [n], or None.
         keep_orthogonal: do not add `other_grad` but write grad - other * other_grad over it (LookSAM's orthogonal
             component, to be used again).
         perturb: leave the weights perturbed along the new first moment; needs a backup or a master.
+        ema: average of the clean weights, fp32 (fp64 for fp64 weights) [n]; written; or None.
         w_noise, v_noise: fp32 [n] from `noise_`, if they were made before.
     """
     c = coef.to(compute_dtype(weight.dtype))
@@ -345,6 +348,9 @@ def adamw_l2sp_(
         shift_(weight, clean, exp_avg, coef, stochastic)
     else:
         weight.copy_(w)
+        clean = weight if master is None else master
+    if ema is not None:
+        average_(ema, clean, coef)
     if zero_grad:
         grad.zero_()
 
@@ -372,6 +378,20 @@ def shift_(
         rand = high_half(random_bits(weight, coef[11])) if noise is None else noise
         w = stochastic_round(w, rand, weight.dtype)
     weight.copy_(w)
+
+
+def average_(ema: Tensor, clean: Tensor, coef: Tensor) -> None:
+    """ema <- ema + rate * (clean - ema) where that is a finite change: the end of `adamw_l2sp_` with `ema`.
+
+    From what that has stored, and for 16-bit weights apart from it, for the reason that `shift_` is.
+
+    Args:
+        ema: fp32 (fp64 for fp64 weights) [n]; written.
+        clean: clean weights, the weights' type [n], or fp32 master weights.
+        coef: as for `adamw_l2sp_`; [12] is the rate, or NaN to leave the average as it is.
+    """
+    change = coef[12].to(ema.dtype) * (clean.to(ema.dtype) - ema)
+    ema.copy_(torch.where(change.abs() < float("inf"), ema + change, ema))
 
 
 def magnitude_key(values: Tensor, wide: bool) -> Tensor:

@@ -23,6 +23,7 @@ MODULES = (
     "integrations.lightning",
     "integrations.transformers",
     "masks",
+    "mixup",
     "momentum_sam",
     "samples",
     "schedule",

@@ -78,6 +78,18 @@ def test_ten_steps_on_a_fish_mask_on_the_gpu_equal_ten_on_the_cpu(dtype):
     assert_close_after_ten_steps(*weights, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("optimizer", [FSAM, MomentumSAM])
+@pytest.mark.parametrize("arguments", [{}, {"master_weights": True}], ids=["plain", "master weights"])
+def test_average_of_the_weights_on_the_gpu_equals_that_on_the_cpu(optimizer, dtype, arguments):
+    gradients, averages = make_gradients(10), []
+    for device in ("cpu", "cuda"):
+        model, averaging = make(device, dtype, optimizer, ema_decay=0.9, **arguments)
+        train(model, averaging, gradients)
+        averages.append(torch.cat([averaging.state[p]["ema"].double().cpu().flatten() for p in model.parameters()]))
+    assert_close_after_ten_steps(*averages, dtype)
+
+
 def weights_of(model):
     return torch.cat([p.detach().double().cpu().flatten() for p in model.parameters()])
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from ..adamw_l2sp import AdamWL2SP
-from ..clean_state import show_clean
 from ..errors import check
 from ..fsam import FSAM
 
@@ -124,9 +123,6 @@ class SharpnessAwareMixin:
         own = self._sam
         check(isinstance(own, FSAM), "optimizer", type(own).__name__, "must be an FSAM; others need no second pass")
         check(own.gamma == 1, "gamma", own.gamma, "must be 1 with a Trainer: it has no losses of single samples")
-        if optimizer is own:
-            # Not yet wrapped, so not seen before.
-            show_clean(own, [p for group in own.param_groups for p in group["params"]])
         return optimizer
 
     @property

@@ -390,6 +390,12 @@ def test_unflattened_parameter_stays_where_it_is():
     assert bucket.size == 35
 
 
+def test_unflattened_parameter_may_begin_anywhere_in_its_storage():
+    p = Parameter(torch.arange(8.0)[3:7])
+    bucket = bucket_of([p], flatten=False)
+    assert torch.equal(bucket.view(bucket.weight, 0), p)
+
+
 @pytest.mark.parametrize("layout", DENSE)
 def test_unflattened_parameters_of_dense_layouts_get_the_same_numbers(layout):
     value = LAYOUTS[layout]()

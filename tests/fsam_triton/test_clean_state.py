@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from fsam_triton import MomentumSAM
+from fsam_triton import FSAM, FishMask, MomentumSAM
 from tests.training import round_trip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -426,3 +426,21 @@ def test_state_dict_hooks_of_others_see_clean_weights():
     model.register_state_dict_post_hook(lambda module, state, prefix, meta: seen.update(copied(state)))
     model.state_dict()
     assert_equal(seen, clean)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"master_weights": True}, {"trainable": 0.3}], ids=["backup", "master", "fish"]
+)
+def test_model_saved_between_perturb_and_step_is_the_clean_one(arguments):
+    model = tagger().to(torch.bfloat16 if "master_weights" in arguments else torch.float32)
+    if "trainable" in arguments:
+        arguments = {"trainable": FishMask.random(model, 0.3)}
+    optimizer = FSAM(model.named_parameters(), lr=0.01, rho=4.0, **arguments)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.perturb()
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert_equal(round_trip(model.state_dict()), before)
+    optimizer.restore()
+    assert_equal(dict(model.named_parameters()), {name: before[name] for name, _ in model.named_parameters()})

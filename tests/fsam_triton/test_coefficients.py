@@ -157,6 +157,15 @@ def test_descent_with_a_second_gradient_has_its_factor_and_room_for_the_next_per
     assert combined.tolist() == [[*plain[0].tolist(), sign * 0.25, 0.0, 0.0]]
 
 
+@pytest.mark.parametrize("factor", [0.5, math.nan])
+def test_descent_with_an_average_has_its_rate_or_nan_where_the_update_is_skipped(factor):
+    hyper, key = fp64(0.1, 0.9, 0.999, 1e-8, 0.01, -1.0)[None], fp64(5)
+    for other, column in ((None, 0.0), (0.25, -0.25)):
+        coef = coefficients.descent(hyper, torch.ones(1), torch.tensor(factor), key, other, ema_decay=0.75)
+        assert coef[0, 9:12].tolist() == [column, 0.0, 0.0]
+        assert coef[0, 12:].tolist() == pytest.approx([math.nan if math.isnan(factor) else 0.25], nan_ok=True)
+
+
 # -- combinations of two gradients -------------------------------------------------------------------------------------
 
 ALPHAS = [0.0, 0.1, 0.7, 3.0]

@@ -414,6 +414,43 @@ def test_fisher_information_is_of_so_many_training_texts_or_of_all(options, monk
     assert seen == sizes
 
 
+@pytest.mark.parametrize("sam_type", ["none", "momentum-sam"])
+def test_average_of_the_weights_is_what_is_evaluated_and_saved(options, tiny_bert, reviews, tmp_path, sam_type):
+    options = [*options, "--sam_type", sam_type]
+    (plain,) = trained(options)
+    (averaged,) = trained(options, "--ema_decay", "0.9")
+    assert averaged.losses == plain.losses
+    assert averaged.evaluations != plain.evaluations
+    saved = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    texts = finetune.read_texts(reviews)
+    rows = finetune.encode(finetune.load_tokenizer(tiny_bert), texts, 32, ["neg", "pos"])
+    batch = transformers.DataCollatorWithPadding(finetune.load_tokenizer(tiny_bert))(rows)
+    with torch.no_grad():
+        loss = float(saved(**batch).loss)
+    # The mean of 36 losses in fp32, of batches of other sizes.
+    assert loss == pytest.approx(averaged.evaluations[-1][2], rel=1e-5)
+    assert loss != pytest.approx(plain.evaluations[-1][2], rel=1e-3)
+
+
+@pytest.mark.parametrize("where", ["pooled", "embeddings"])
+def test_both_passes_of_a_step_mix_alike_from_the_start_on(options, where):
+    """SAM without a perturbation takes its second gradient from the same mixed rows as AdamW its only one."""
+    options = [*options, "--sam_type", "none", "sam", "--rho", "0"]
+    plain, _ = trained(options)
+    adamw, sam = trained(options, "--mixup_alpha", "1", "--mixup_where", where)
+    assert adamw.losses == sam.losses
+    assert adamw.losses[:2] == plain.losses[:2]
+    assert adamw.losses[2] != plain.losses[2]
+
+
+@pytest.mark.parametrize("sam_type", ["none", "esam"])
+def test_loss_is_linear_in_the_share_of_the_label_that_is_smoothed(options, sam_type):
+    options = [*options, "--sam_type", sam_type, "--max_steps", "1", "--label_smoothing_factor"]
+    none, tenth, fifth = (trained(options, share)[0].losses[0] for share in ("0", "0.1", "0.2"))
+    assert tenth != pytest.approx(none, rel=1e-3)
+    assert fifth - none == pytest.approx(2 * (tenth - none), rel=1e-3)
+
+
 def test_interrupted_training_leaves_no_files(options, tmp_path, monkeypatch):
     step = finetune.Trainer.step
 
@@ -442,7 +479,7 @@ def test_interrupted_training_leaves_no_files(options, tmp_path, monkeypatch):
         (["--trainable", "random", "--keep_ratio", "1e-3"], "always_trainable has 66; must keep at least 66"),
         (["--trainable", "bitfit", "--keep_ratio", "0.1"], "--keep_ratio has no meaning for --sam_type none sam"),
         (["--save_delta"], "--save_delta needs --trainable fish, random or bitfit"),
-        (["--learning_rate", "-1"], "Invalid --learning_rate: -1.0; must be >= 0"),
+        (["--learning_rate", "-1"], "Invalid --learning_rate: -1.0; must be a finite number >= 0"),
         (["--alpha", "0.4"], "--alpha has no meaning for --sam_type none fisher-sam, only for gsam, fisher-gsam"),
         (["--mask_iter_e", "0"], "Invalid --mask_interval: 0; must be an int >= 1"),
         (["--warmup_ratio", "2"], "Invalid --warmup_ratio: 2.0; must be between 0 and 1"),

@@ -21,8 +21,8 @@ from fsam_triton.kernels import reference
 from tests.kernel_cases import FLOATS, assert_same_bits, label, ordinary, random_mask
 
 COEF = torch.tensor([1.0, 1e-3, 0.1, 0.999, 0.001, 1e-2, 1.3, 1e-8, 0x9ABCDEF0], dtype=torch.float64)
-# Times other, scale of the next perturbation, its key; and the probability minus 1/2.
-MORE = torch.tensor([-0.7, -0.3, 0x12345678], dtype=torch.float64)
+# Times other, scale of the next perturbation, its key, rate of the average; and the probability minus 1/2.
+MORE = torch.tensor([-0.7, -0.3, 0x12345678, 0.1], dtype=torch.float64)
 PROBABILITY = torch.tensor([-0.25], dtype=torch.float64)
 # Whole words, a ragged end, and more than the noise of one go.
 LENGTHS = [4096, 5003, (1 << 20) + 16384]
@@ -51,6 +51,7 @@ def adamw_arguments(
     other=False,
     orthogonal=False,
     perturb=False,
+    ema=False,
 ):
     weight, grad = ordinary(n, FLOATS[dtype], seed=n), ordinary(n, FLOATS[dtype], seed=n + 1)
     state = torch.float32 if keep == "master" or dtype == "fp16" else FLOATS[dtype]
@@ -65,12 +66,13 @@ def adamw_arguments(
         weight * 0.999 if keep == "backup" else None,
         weight.float() * 1.001 if keep == "master" else None,
         ordinary(n, FLOATS[dtype], seed=n + 5) if anchor else None,
-        torch.cat((COEF, MORE)) if other or orthogonal or perturb else COEF,
+        torch.cat((COEF, MORE)) if other or orthogonal or perturb or ema else COEF,
         stochastic,
         zero_grad,
         ordinary(n, FLOATS[dtype], seed=n + 6) if other or orthogonal else None,
         orthogonal,
         perturb,
+        ordinary(n, reference.compute_dtype(weight.dtype), seed=n + 7) if ema else None,
     )
 
 
@@ -102,6 +104,10 @@ ADAMW = [
     {"dtype": "bf16", "perturb": True},
     {"dtype": "bf16", "keep": "master", "perturb": True},
     {"dtype": "fp16", "other": True, "perturb": True, "stochastic": False},
+    {"dtype": "fp32", "ema": True},
+    {"dtype": "bf16", "keep": "nothing", "ema": True, "stochastic": False},
+    {"dtype": "bf16", "keep": "master", "perturb": True, "ema": True},
+    {"dtype": "bf16", "perturb": True, "ema": True},
 ]
 
 
@@ -123,6 +129,7 @@ def one_of_each_operator(n: int = 100) -> dict[str, tuple[Callable, tuple]]:
         "adamw_l2sp_with_second_gradient_": (ops.adamw_l2sp_, adamw_arguments(n, "fp32", other=True)),
         "adamw_l2sp_keeping_orthogonal_": (ops.adamw_l2sp_, adamw_arguments(n, "fp32", orthogonal=True)),
         "adamw_l2sp_perturbing_": (ops.adamw_l2sp_, adamw_arguments(n, "bf16", perturb=True)),
+        "adamw_l2sp_averaging_": (ops.adamw_l2sp_, adamw_arguments(n, "bf16", ema=True)),
         "digit_histogram": (ops.digit_histogram, (values, number * 0, 23, 8, False)),
         "write_mask_": (ops.write_mask_, (words, values, number, number, False)),
     }
@@ -368,6 +375,7 @@ def test_parts_of_a_buffer_with_keys_of_their_own_draw_what_the_whole_draws():
         (ops.perturb_, perturb_arguments, {"dtype": "bf16", "random": True}),
         (ops.adamw_l2sp_, adamw_arguments, {"dtype": "fp32", "other": True}),
         (ops.adamw_l2sp_, adamw_arguments, {"dtype": "bf16", "perturb": True}),
+        (ops.adamw_l2sp_, adamw_arguments, {"dtype": "bf16", "ema": True}),
     ],
     ids=lambda value: label(value) if isinstance(value, dict) else getattr(value, "__name__", ""),
 )
@@ -376,7 +384,7 @@ def test_new_coefficients_and_lengths_compile_nothing(operator, make, case):
     with torch.compiler.set_stance("fail_on_recompile"):
         for n, factor in ((4096, 0.5), (16384, 2.0), (3 * 16384, 0.0), (2 << 20, 1.5)):
             args = tuple(
-                arg * factor if isinstance(arg, Tensor) and arg.numel() in (2, 3, 9, 12) else arg
+                arg * factor if isinstance(arg, Tensor) and arg.numel() in (2, 3, 9, 13) else arg
                 for arg in make(n, **case)
             )
             operator(*args)
@@ -487,6 +495,6 @@ except ImportError:
     assert result == {"sam": train(), "fisher_sam": train(mask=FisherMask(0.5))}
 
 
-def test_importing_it_does_not_import_the_kernels():
+def test_importing_it_does_not_import_the_triton_kernels():
     code = "print(json.dumps([name for name in sys.modules if name.startswith('fsam_triton.kernels.')]))"
-    assert in_new_process(code) == ["fsam_triton.kernels.reference"]
+    assert in_new_process(code) == ["fsam_triton.kernels.reference", "fsam_triton.kernels.sparse_cpu"]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fsam_triton import FSAM, AdamWL2SP, FisherMask, FishMask, MomentumSAM, Schedule
-from fsam_triton.options import FISHER, MEANINGS, SAM_TYPES, TRAINABLE, Arguments, build_optimizer
+from fsam_triton import FSAM, AdamWL2SP, FisherMask, FishMask, Mixup, MomentumSAM, Schedule
+from fsam_triton.options import FISHER, MEANINGS, SAM_TYPES, TRAINABLE, Arguments, build_mixup, build_optimizer
 from fsam_triton.recipes import SAM_TYPES as FSAM_CODES_TYPES
 from fsam_triton.texts import InputError
 
@@ -191,7 +191,7 @@ def test_every_optimizer_but_the_fisher_types_trains_what_a_fish_mask_selects(sa
         ),
         ("sam", {"learning_rate": 0.0, "rho_follows": "lr"}, "--rho_follows lr needs --learning_rate > 0"),
         ("none", {"adam_beta2": 1.0}, "Invalid --adam_beta2: 1.0; must be in [0, 1)"),
-        ("none", {"adam_epsilon": -1.0}, "Invalid --adam_epsilon: -1.0; must be >= 0"),
+        ("none", {"adam_epsilon": -1.0}, "Invalid --adam_epsilon: -1.0; must be a finite number >= 0"),
         ("none", {"max_grad_norm": -1.0}, "Invalid --max_grad_norm: -1.0; must be >= 0"),
     ],
 )
@@ -199,6 +199,53 @@ def test_unusable_values_are_named_as_on_the_command_line(sam_type, options, mes
     with pytest.raises(InputError) as error:
         Arguments(sam_type=[sam_type], **options).check()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ema_decay": 1.0}, "Invalid --ema_decay: 1.0; must be in [0, 1) or None"),
+        (
+            {"ema_decay": 0.9, "trainable": "fish", "local_steps": 2},
+            "--ema_decay and --local_steps exclude each other: workers merge weights, not averages of them",
+        ),
+        ({"label_smoothing_factor": 1.0}, "Invalid --label_smoothing_factor: 1.0; must be in [0, 1)"),
+        ({"mixup_alpha": 0.0}, "Invalid --mixup_alpha: 0.0; must be > 0 and finite, or None"),
+        ({"mixup_lambda": 2.0}, "Invalid --mixup_lambda: 2.0; must be in [0, 1] or None"),
+        (
+            {"mixup_alpha": 1.0, "mixup_lambda": 0.5},
+            "Invalid --mixup_lambda: 0.5; must be None with alpha, which draws it",
+        ),
+        ({"mixup_lambda": 0.5, "mixup_start": 2.0}, "Invalid --mixup_start: 2.0; must be in [0, 1]"),
+        ({"mixup_start": 0.0}, "--mixup_where and --mixup_start need --mixup_alpha or --mixup_lambda"),
+        (
+            {"mixup_alpha": 1.0, "sam_type": ["sam", "esam"]},
+            "mixup with an esam type needs --gamma 1: rows are mixed with rows of the whole batch",
+        ),
+    ],
+)
+def test_averages_mixup_and_smoothing_that_cannot_be_are_refused(options, message):
+    with pytest.raises(InputError) as error:
+        Arguments(**options).check()
+    assert str(error.value) == message
+
+
+def test_mixup_options_are_those_of_mixup():
+    arguments = Arguments(mixup_alpha=0.4, mixup_where="embeddings", mixup_start=0.25, seed=3)
+    arguments.check()
+    assert build_mixup(arguments, 100, rank=1) == Mixup(100, alpha=0.4, where="embeddings", start=0.25, seed=4)
+    assert build_mixup(Arguments(mixup_lambda=0.5), 100) == Mixup(100, lam=0.5, seed=42)
+    assert build_mixup(Arguments(), 100) is None
+
+
+def test_model_that_mixup_finds_no_classifier_in_is_refused():
+    with pytest.raises(InputError, match=r"^Invalid --mixup_where: 'pooled'; "):
+        Arguments(mixup_alpha=1.0).check_mixup(torch.nn.Linear(8, 8))
+
+
+def test_every_optimizer_averages():
+    for sam_type in SAM_TYPES:
+        assert built(sam_type, ema_decay=0.9).ema_decay == 0.9
 
 
 def test_a_mask_that_would_choose_nothing_of_the_model_is_refused():

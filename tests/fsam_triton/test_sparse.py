@@ -256,3 +256,37 @@ def test_bad_arguments_are_refused_by_name():
         AdamWL2SP(model.named_parameters(), trainable=mask, static_grads=True)
     with pytest.raises(ValueError, match="Invalid mask"):
         FSAM(model.named_parameters(), trainable=mask, mask=FisherMask(0.5))
+
+
+def mask_of_the_head(model: nn.Module) -> FishMask:
+    return FishMask({"head.weight": torch.arange(5)}, {name: p.shape for name, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("kind", [AdamWL2SP, FSAM, MomentumSAM])
+def test_zeroed_gradient_to_which_nothing_was_added_updates_nothing(kind):
+    model = small_model()
+    optimizer = kind(model.named_parameters(), lr=0.01, trainable=mask_of_the_head(model))
+    train(model, optimizer, 2)
+    optimizer.restore()
+    before, gradient = weights_of(model), model["head"].weight.grad
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    optimizer.restore()
+    assert model["head"].weight.grad is gradient
+    assert optimizer.state[model["head"].weight]["step"] == 2
+    assert all(torch.equal(p, weight) for p, weight in zip(model.parameters(), before, strict=True))
+
+
+def test_set_trainable_clears_the_gradients_of_what_was_not_trained():
+    model = small_model()
+    optimizer = AdamWL2SP(model.named_parameters(), trainable=mask_of_the_head(model))
+    Problem().loss(model.parameters(), 0).backward()
+    optimizer.set_trainable(None)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_parameter_with_gaps_between_its_elements_is_refused():
+    weight = nn.Parameter(torch.ones(3, 4)[:, ::2])
+    mask = FishMask({"weight": torch.arange(2)}, {"weight": weight.shape})
+    with pytest.raises(ValueError, match=r"'weight'.*strides \(4, 2\).*dense"):
+        AdamWL2SP([("weight", weight)], trainable=mask)

@@ -36,17 +36,19 @@ COEFFICIENTS = {
     "skipped": (NAN, 1e-3, 0.1, 0.999, 0.001, 1e-2, 1.3, 1e-8, 7),
 }
 MORE = {
-    # other, scale of the next perturbation, its key
-    "some": (0.7, -0.3, 0x12345678),
-    "zero": (0.0, 0.0, 0),
-    "infinite": (math.inf, -math.inf, 1),
-    "nan": (NAN, NAN, 2**32 - 1),
+    # other, scale of the next perturbation, its key, rate of the average
+    "some": (0.7, -0.3, 0x12345678, 0.1),
+    "zero": (0.0, 0.0, 0, 0.0),
+    "infinite": (math.inf, -math.inf, 1, math.inf),
+    "nan": (NAN, NAN, 2**32 - 1, NAN),
 }
 MODES = {
     "other": {"other_grad": True},
     "keep": {"other_grad": True, "keep_orthogonal": True},
     "perturb": {"perturb": True},
     "other_and_perturb": {"other_grad": True, "perturb": True},
+    "ema": {"ema": True},
+    "ema_and_perturb": {"ema": True, "perturb": True},
 }
 
 
@@ -55,7 +57,15 @@ def coefficients(name: str, *more: float) -> Tensor:
 
 
 def tensors_of(
-    n: int, dtype: torch.dtype, state: torch.dtype, *, keep="nothing", amsgrad=False, anchor=False, other_grad=False
+    n: int,
+    dtype: torch.dtype,
+    state: torch.dtype,
+    *,
+    keep="nothing",
+    amsgrad=False,
+    anchor=False,
+    other_grad=False,
+    ema=False,
 ) -> dict:
     """What a pass works on; the first half of the moments is zero, as at a first step."""
     old = torch.arange(n) >= n // 2
@@ -73,16 +83,17 @@ def tensors_of(
         "master": clean.float() * 1.001 if keep == "master" else None,
         "anchor": with_specials(n, dtype, seed=n + 6) if anchor else None,
         "other_grad": with_specials(n, dtype, seed=n + 12, scale=0.1) if other_grad else None,
+        "ema": with_specials(n, reference.compute_dtype(dtype), seed=n + 14) if ema else None,
     }
 
 
 def run(function, tensors: dict, coef: Tensor, stochastic=True, zero_grad=False, **modes: bool) -> dict:
     """All tensors after the pass, by name; the arguments stay as they are."""
     after = {name: None if tensor is None else tensor.clone() for name, tensor in tensors.items()}
-    other_grad = after.pop("other_grad", None)
+    other_grad, ema = after.pop("other_grad", None), after.pop("ema", None)
     switches = (modes.get("keep_orthogonal", False), modes.get("perturb", False))
-    function(*after.values(), coef, stochastic, zero_grad, other_grad, *switches)
-    after["other_grad"] = other_grad
+    function(*after.values(), coef, stochastic, zero_grad, other_grad, *switches, ema)
+    after |= {"other_grad": other_grad, "ema": ema}
     return {name: tensor for name, tensor in after.items() if tensor is not None}
 
 
@@ -243,15 +254,15 @@ def arguments(types: str, n=1100, kept=True, amsgrad=False, anchor=False, mode="
     """Tensors, and what else `run` wants, for a mode."""
     dtype, state, keep = TYPES[types]
     modes = dict(MODES[mode])
-    other_grad = modes.pop("other_grad", False)
+    more = {name: modes.pop(name, False) for name in ("other_grad", "ema")}
     keep = keep if kept else "nothing"
-    return tensors_of(n, dtype, state, keep=keep, amsgrad=amsgrad, anchor=anchor, other_grad=other_grad), modes
+    return tensors_of(n, dtype, state, keep=keep, amsgrad=amsgrad, anchor=anchor, **more), modes
 
 
 def comparable(after: dict) -> Tensor:
     """Where the pass went on with no subnormal bf16 number, which the interpreter gets wrong."""
     out = torch.ones_like(after["weight"], dtype=torch.bool)
-    for tensor in (after["backup"], after["exp_avg"]) if "backup" in after else ():
+    for tensor in (after["backup"], after["exp_avg"]) if "backup" in after else (after["weight"],):
         if tensor.dtype == torch.bfloat16:
             out &= ~((tensor != 0) & (tensor.float().abs() < 2.0**-126))
     return out
@@ -260,7 +271,7 @@ def comparable(after: dict) -> Tensor:
 def assert_same_passes(interpret, tensors: dict, *args, **modes) -> None:
     expected, actual = (run(function, tensors, *args, **modes) for function in implementations(interpret))
     for name, tensor in expected.items():
-        part = comparable(expected) if name == "weight" and modes.get("perturb") else slice(None)
+        part = comparable(expected) if name == "ema" or (name == "weight" and modes.get("perturb")) else slice(None)
         assert_same_bits(actual[name][part], tensor[part], name)
 
 
@@ -473,6 +484,59 @@ def test_perturbation_has_a_key_of_its_own(interpret, types):
             assert_same_bits(first[name], other[name], name)
 
 
+# -- the average of the weights
+
+
+def average_of(tensors: dict, after: dict, clean: str, rate: float) -> Tensor:
+    """What the formula says, from the stored clean weights after the pass."""
+    ema, rate = tensors["ema"], torch.tensor(rate, dtype=torch.float64).to(tensors["ema"].dtype)
+    change = rate * (after[clean].to(ema.dtype) - ema)
+    return torch.where(change.isfinite(), ema + change, ema)
+
+
+@pytest.mark.parametrize("mode", ["ema", "ema_and_perturb"])
+@pytest.mark.parametrize("types", TYPES)
+def test_average_follows_the_clean_weights_as_they_are_stored(interpret, types, mode):
+    tensors, modes = arguments(types, mode=mode)
+    keep = TYPES[types][2]
+    clean = keep if keep == "master" or mode == "ema_and_perturb" else "weight"
+    for function in implementations(interpret):
+        after = run(function, tensors, coefficients("late", *MORE["some"]), **modes)
+        usable = comparable(after)
+        assert_same_bits(after["ema"][usable], average_of(tensors, after, clean, 0.1)[usable])
+
+
+@pytest.mark.parametrize("mode", ["ema", "ema_and_perturb"])
+@pytest.mark.parametrize("types", TYPES)
+def test_averaging_changes_nothing_else(interpret, types, mode):
+    tensors, modes = arguments(types, amsgrad=True, anchor=True, mode=mode)
+    coef = coefficients("late", *MORE["some"])
+    for function in implementations(interpret):
+        averaging = run(function, tensors, coef, **modes)
+        for name, tensor in run(function, {**tensors, "ema": None}, coef, **modes).items():
+            assert_same_bits(averaging[name], tensor, name)
+
+
+@pytest.mark.parametrize("types", TYPES)
+def test_rate_of_nan_leaves_the_average(interpret, types):
+    tensors, modes = arguments(types, mode="ema")
+    for function in implementations(interpret):
+        after = run(function, tensors, coefficients("skipped", *MORE["nan"]), **modes)
+        assert_same_bits(after["ema"], tensors["ema"])
+
+
+@pytest.mark.parametrize("types", TYPES)
+def test_average_of_a_coordinate_with_a_non_finite_gradient_follows_its_old_weight(interpret, types):
+    tensors, modes = arguments(types, mode="ema")
+    bad = ~tensors["grad"].isfinite()
+    assert bad.any()
+    keep = TYPES[types][2]
+    for function in implementations(interpret):
+        after = run(function, tensors, coefficients("late", *MORE["some"]), **modes)
+        usable = bad & comparable(after)
+        assert_same_bits(after["ema"][usable], average_of(tensors, tensors, keep, 0.1)[usable])
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("types", TYPES)
 def test_zeros_stay_zeros_in_every_mode(interpret, types, mode):
@@ -484,11 +548,11 @@ def test_zeros_stay_zeros_in_every_mode(interpret, types, mode):
 
 
 def test_elements_past_a_ragged_end_are_not_touched_in_any_mode(interpret):
-    whole = [ordinary(2048, torch.float32, seed).abs() for seed in range(6)]
+    whole = [ordinary(2048, torch.float32, seed).abs() for seed in range(7)]
     before = [tensor.clone() for tensor in whole]
-    weight, grad, exp_avg, exp_avg_sq, backup, other_grad = (tensor[:1100] for tensor in whole)
+    weight, grad, exp_avg, exp_avg_sq, backup, other_grad, ema = (tensor[:1100] for tensor in whole)
     flat, coef = (weight, grad, exp_avg, exp_avg_sq, None, backup, None, None), coefficients("late", *MORE["some"])
-    interpret(adamw_l2sp.adamw_l2sp_, *flat, coef, False, True, other_grad, True, True)
+    interpret(adamw_l2sp.adamw_l2sp_, *flat, coef, False, True, other_grad, True, True, ema)
     for after, tensor in zip(whole, before, strict=True):
         assert_same_bits(after[1100:], tensor[1100:])
         assert not torch.equal(after[:1100], tensor[:1100])

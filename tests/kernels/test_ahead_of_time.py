@@ -1,7 +1,8 @@
 """Compiles every kernel for NVIDIA and AMD targets, which needs no GPU, and judges the machine code.
 
 Held for each: no spills; element-wise kernels use no shared memory. On the main path (sm_90, whole blocks) also: vector
-accesses alone, four elements each, and at most 40 registers; 48 for what ESAM, GSAM, LookSAM and Momentum-SAM launch.
+accesses alone, four elements each, and at most 40 registers; 48 for what ESAM, GSAM, LookSAM, Momentum-SAM and averages
+of weights launch.
 """
 
 import functools
@@ -79,6 +80,7 @@ def adamw_build(
     other=False,
     keep=False,
     perturb=False,
+    ema=False,
     even=True,
 ):
     state = "fp32" if master or weight == "fp16" else weight
@@ -89,6 +91,7 @@ def adamw_build(
     pointers |= {"master_ptr": "fp32"} if master else {}
     pointers |= {"anchor_ptr": weight} if anchor else {}
     pointers |= {"other_grad_ptr": weight} if other or keep else {}
+    pointers |= {"ema_ptr": "fp64" if weight == "fp64" else "fp32"} if ema else {}
     return build(
         adamw_l2sp.adamw_l2sp_kernel,
         pointers,
@@ -101,6 +104,7 @@ def adamw_build(
         OTHER=other or keep,
         KEEP_ORTHOGONAL=keep,
         PERTURB=perturb,
+        EMA=ema,
         EVEN=even,
     )
 
@@ -143,13 +147,13 @@ MAIN = [
     *(adamw_build(weight) for weight in ("fp32", "bf16", "fp16")),
     *(adamw_build(weight, master=True) for weight in ("bf16", "fp16")),
 ]
-# What ESAM, GSAM, LookSAM and Momentum-SAM launch in place of these.
+# What ESAM, GSAM, LookSAM, Momentum-SAM and an average of the weights launch in place of these.
 METHODS = [
     *(perturb_build(weight, random=True) for weight in ("fp32", "bf16")),
     *(
         adamw_build(*arguments, **{mode: True})
         for arguments in (("fp32",), ("bf16",), ("bf16", True))
-        for mode in ("other", "keep", "perturb")
+        for mode in ("other", "keep", "perturb", "ema")
     ),
 ]
 OPTIONS = [
@@ -165,6 +169,8 @@ OPTIONS = [
     perturb_build("bf16", adaptive=True, masked=True, random=True, even=False),
     adamw_build("bf16", backup=False, anchor=True, amsgrad=True, zero_grad=True, other=True),
     adamw_build("bf16", anchor=True, perturb=True, even=False),
+    *(adamw_build(*arguments, perturb=True, ema=True) for arguments in (("fp32",), ("bf16",), ("bf16", True))),
+    adamw_build("bf16", backup=False, anchor=True, amsgrad=True, other=True, ema=True, even=False),
 ]
 # Another path through the compiler, judged on one NVIDIA and the AMD target.
 RARE = [
@@ -172,6 +178,7 @@ RARE = [
     perturb_build("fp64", random=True),
     adamw_build("fp64", anchor=True),
     adamw_build("fp64", other=True, perturb=True),
+    adamw_build("fp64", ema=True),
     adamw_build("fp16", anchor=True, amsgrad=True),
     adamw_build("fp16", other=True, perturb=True),
     *(adamw_build("fp16", master=True, **{mode: True}) for mode in ("other", "perturb")),
@@ -287,8 +294,8 @@ def operands(one: Build) -> tuple[list[str], list[str]]:
         reads, writes = ["weight_ptr", "grad_ptr"], ["weight_ptr", "backup_ptr"]
     else:
         clean = next(name for name in ("master_ptr", "backup_ptr", "weight_ptr") if name in pointers)
-        reads = [clean, "grad_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "other_grad_ptr"]
-        writes = ["weight_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "master_ptr"]
+        reads = [clean, "grad_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "other_grad_ptr", "ema_ptr"]
+        writes = ["weight_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "master_ptr", "ema_ptr"]
         writes += ["other_grad_ptr"] if flags["KEEP_ORTHOGONAL"] else []
         writes += ["backup_ptr"] if flags["PERTURB"] else []
     return tuple([pointers[name] for name in side if name in pointers] for side in (reads, writes))

@@ -1,0 +1,45 @@
+"""Several gloo processes of a test on one machine, and what each of them returns."""
+
+import datetime
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def spawn(worker, n: int, folder: Path, *arguments) -> list[Any]:
+    """Run `worker(rank, n, folder, *arguments)` in n processes; gives what each has returned."""
+    folder.mkdir(exist_ok=True)
+    mp.spawn(_call, (worker, n, folder, *arguments), nprocs=n)
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(n)]
+
+
+def _call(rank: int, worker, n: int, folder: Path, *arguments) -> None:
+    torch.set_num_threads(1)
+    # Each process would compile the passes for itself.
+    torch._dynamo.config.disable = True
+    timeout = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n, timeout=timeout)
+    torch.save(worker(rank, n, folder, *arguments), folder / f"result-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run_example(page: str, file: str, folder: Path, processes: int = 2) -> str:
+    """Run the example of a page whose first line is `# file` with torchrun; gives what it has printed."""
+    blocks = re.findall(r"^```py\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.M | re.S)
+    (folder / file).write_text(next(b for b in blocks if b.startswith(f"# {file}\n")), encoding="utf-8")
+    environment = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    run = subprocess.run(
+        [*torchrun, file], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout

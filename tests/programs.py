@@ -1,0 +1,387 @@
+"""Whole training programs, as data: a small model, an optimizer with its options, and what is done with them."""
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fsam_triton import FisherMask, FishMask, Schedule
+
+# Shapes and strides by name. All of a program's parameters have at most 64 weights.
+LAYOUTS = {
+    "matrix": lambda: torch.empty(2, 3),
+    "scalar": lambda: torch.empty(()),
+    "single": lambda: torch.empty(1),
+    "vector": lambda: torch.empty(5),
+    "empty": lambda: torch.empty(0, 3),
+    "transposed": lambda: torch.empty(4, 2).t(),
+    "channels_last": lambda: torch.empty(1, 2, 2, 2).to(memory_format=torch.channels_last),
+    "gaps": lambda: torch.empty(3, 4)[:, ::2],
+    "tied": lambda: torch.empty(2, 2),
+}
+MOST_WEIGHTS = 64
+
+
+# -- what is done ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A backward pass.
+
+    Attributes:
+        missing: numbers of the parameters that get no gradient.
+        bad: what the first coordinate of a parameter becomes: (number, inf or NaN).
+        assigned: whether gradients are assigned by hand.
+    """
+
+    missing: frozenset[int] = frozenset()
+    bad: tuple[int, float] | None = None
+    assigned: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """step(closure); `fails`: in which of the closure's calls it raises, whether after backward, and what."""
+
+    passes: tuple[Pass, Pass] = (Pass(), Pass())
+    fails: tuple[int, bool, type[BaseException]] | None = None
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """Backward, perturb, backward, step, with gradients multiplied by `scale` as under a GradScaler."""
+
+    passes: tuple[Pass, Pass] = (Pass(), Pass())
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Backward:
+    passed: Pass = Pass()
+
+
+@dataclass(frozen=True)
+class Perturb:
+    pass
+
+
+@dataclass(frozen=True)
+class Update:
+    """step() with the gradients there are."""
+
+
+@dataclass(frozen=True)
+class Restore:
+    pass
+
+
+@dataclass(frozen=True)
+class ZeroGrad:
+    """`how`: the optimizer's, setting "none" or "zeros", or the "model"'s, which stores zeros in place."""
+
+    how: str = "none"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A hyper-parameter of a group."""
+
+    group: int = 0
+    name: str = "lr"
+    value: float = 0.002
+
+
+@dataclass(frozen=True)
+class AddGroup:
+    layout: str = "vector"
+    options: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SetTrainable:
+    """Train this part of the weights, or (None) all."""
+
+    keep: float | None = None
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Switch a parameter's requires_grad (not that of the first)."""
+
+    number: int = 1
+
+
+@dataclass(frozen=True)
+class Modes:
+    """eval(), and with `back` train()."""
+
+    back: bool = True
+
+
+@dataclass(frozen=True)
+class Look:
+    """Take a state dict, also while perturbed."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Save to a file and load into a new model and optimizer, which go on beside the old ones."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """deepcopy of model and optimizer, which go on beside the old ones."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program.
+
+    Attributes:
+        kind: name of the optimizer's class.
+        layouts: of the parameters, in order.
+        second_group: number of the first parameter of the second group, if there is one.
+        groups: hyper-parameters of the groups.
+        options: arguments of the optimizer.
+        anchored: numbers of the parameters with an anchor, or None for "initial".
+        keep: part of the weights that are trained, or None.
+        frozen: numbers of the parameters without requires_grad.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    layouts: tuple[str, ...]
+    second_group: int
+    groups: tuple[dict, dict]
+    options: dict
+    anchored: frozenset[int] | None
+    keep: float | None
+    frozen: frozenset[int]
+    actions: tuple
+
+    def groups_of(self, named: list[tuple[str, Tensor]]) -> list[dict]:
+        """Parameter groups of the initial parameters."""
+        parts = [named[: self.second_group], named[self.second_group :]]
+        return [{"params": part, **group} for part, group in zip(parts, self.groups, strict=True) if part]
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """The parameters of a program, with values that are multiples of 1/64; `tied` has some of them a second time."""
+
+    def __init__(self, layouts: tuple[str, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.tied = nn.Module()
+        for layout in layouts:
+            self.add(layout)
+
+    def add(self, layout: str) -> tuple[str, nn.Parameter]:
+        """One parameter more, and its name: a FisherMask leaves out vectors."""
+        number = len(self._parameters)
+        like = LAYOUTS[layout]()
+        generator = torch.Generator().manual_seed(number)
+        values = torch.randint(-64, 65, like.shape, generator=generator) / 64
+        weight = nn.Parameter(torch.empty_strided(like.shape, like.stride(), dtype=self.dtype).copy_(values))
+        name = f"{layout}{number}" if like.dim() > 1 else f"{layout}{number}_bias"
+        self.register_parameter(name, weight)
+        if layout == "tied":
+            self.tied.register_parameter(name, weight)
+        return name, weight
+
+    def terms(self, passed: Pass, seed: int) -> dict[str, Tensor]:
+        """The gradients of a pass: different multiples of 1/64 from 1/2 to 3/2, random signs; exact in any dtype."""
+        generator = torch.Generator().manual_seed(seed)
+        magnitudes = (torch.randperm(MOST_WEIGHTS + 1, generator=generator) + 32) / 64
+        values = magnitudes * (torch.randint(0, 2, magnitudes.shape, generator=generator) * 2 - 1)
+        named = list(self.named_parameters())
+        parts = values.split([p.numel() for _, p in named] + [MOST_WEIGHTS + 1 - sum(p.numel() for _, p in named)])
+        bad, value = passed.bad or (None, 0.0)
+        out = {}
+        for i, ((name, p), part) in enumerate(zip(named, parts[:-1], strict=True)):
+            term = part.to(p.dtype).reshape(p.shape).clone()
+            if i == bad and p.numel():
+                term.view(-1)[0] = value
+            if p.requires_grad and i not in passed.missing:
+                out[name] = term
+        return out
+
+    def backward(self, terms: dict[str, Tensor], scale: float, assigned: bool) -> None:
+        """Make the gradients those of sum(term * weight) times the scale, added to what there is."""
+        loss = torch.zeros((), dtype=self.dtype)
+        for name, term in terms.items():
+            p = self.get_parameter(name)
+            if assigned:
+                p.grad = term * scale if p.grad is None else p.grad + term * scale
+            elif name in self.tied._parameters:
+                loss = loss + (term * p / 2).sum() + (term * self.tied.get_parameter(name) / 2).sum()
+            else:
+                loss = loss + (term * p).sum()
+        if loss.requires_grad:
+            (loss * scale).backward()
+
+
+def fish_mask(model: nn.Module, keep: float | None) -> FishMask | None:
+    """About this part of the weights, with one of the first parameter's."""
+    if keep is None:
+        return None
+    generator = torch.Generator().manual_seed(round(100 * keep))
+    indices, shapes = {}, {}
+    for i, (name, p) in enumerate(model.named_parameters()):
+        chosen = torch.rand(p.numel(), generator=generator) < keep
+        if i == 0:
+            chosen[2] = True
+        indices[name], shapes[name] = chosen.nonzero().flatten(), p.shape
+    return FishMask(indices, shapes)
+
+
+# -- drawing -----------------------------------------------------------------------------------------------------------
+
+
+class Stopped(KeyboardInterrupt):
+    """An interrupt that nobody typed."""
+
+
+class Failed(Exception):
+    """Raised by closures."""
+
+
+@functools.cache
+def _passes(count: int) -> st.SearchStrategy[Pass]:
+    numbers = st.integers(0, count - 1)
+    return st.builds(
+        Pass,
+        missing=st.one_of(st.just(frozenset()), st.frozensets(numbers, min_size=1, max_size=2)),
+        bad=st.one_of(st.none(), st.none(), st.none(), st.tuples(numbers, st.sampled_from([torch.inf, torch.nan]))),
+        assigned=st.booleans(),
+    )
+
+
+@functools.cache
+def _groups(kind: str, eps: float) -> st.SearchStrategy[dict]:
+    drawn = {
+        "lr": st.sampled_from([0.01, 0.05]),
+        "betas": st.sampled_from([(0.9, 0.999), (0.8, 0.95), (0.0, 0.9)]),
+        "weight_decay": st.sampled_from([0.0, 0.5]),
+        "l2_sp": st.sampled_from([0.0, 0.1]),
+        "amsgrad": st.booleans(),
+        "maximize": st.booleans(),
+    }
+    if kind != "AdamWL2SP":
+        drawn["rho"] = st.sampled_from([0.5, 0.05, 0.0])
+    if kind == "FSAM":
+        drawn["adaptive"] = st.booleans()
+    return st.fixed_dictionaries({"eps": st.just(eps)}, optional=drawn)
+
+
+_MASKS = st.builds(
+    FisherMask,
+    keep_ratio=st.sampled_from([0.6, 1.0]),
+    interval=st.just(3),
+    samples=st.sampled_from([1, 2]),
+    excluded=st.sampled_from(["always", "never"]),
+    unit=st.sampled_from(["element", "element", "element", "row"]),
+) | st.builds(FisherMask, keep_ratio=st.sampled_from([0.34, 0.6]))
+
+_SCHEDULES = {
+    "FSAM": [
+        Schedule(every=2),
+        Schedule(rho_warmup=2),
+        Schedule(rho_follows="cosine", total_steps=5, rho_min=0.01),
+        Schedule(every=2, reuse=0.5),
+    ],
+    "MomentumSAM": [Schedule(rho_warmup=2), Schedule(last=0.5, total_steps=4)],
+}
+
+
+@st.composite
+def _options(draw: st.DrawFn, kind: str) -> dict:
+    options = {}
+
+    def maybe(name: str, values: st.SearchStrategy) -> None:
+        if draw(st.sampled_from([False, False, True])):
+            options[name] = draw(values)
+
+    maybe("max_grad_norm", st.just(1.0))
+    maybe("flatten", st.just(False))
+    maybe("static_grads", st.just(True))
+    if kind != "AdamWL2SP":
+        maybe("schedule", st.sampled_from(_SCHEDULES[kind]))
+    if kind == "FSAM":
+        variant = draw(st.sampled_from(["sam", "sam", "alpha", "beta"]))
+        reuses = "schedule" in options and options["schedule"].reuse > 0
+        if variant == "alpha" and not reuses:
+            options["alpha"] = 0.4
+        elif variant == "beta":
+            options["beta"] = 0.5
+            options["beta_per"] = draw(st.sampled_from(["element", "element" if reuses else "tensor"]))
+        maybe("mask", _MASKS)
+        if "mask" in options:
+            maybe("mask_norm", st.just("masked"))
+    return options
+
+
+@functools.cache
+def _actions(kind: str, count: int, eps: float, can_choose: bool) -> st.SearchStrategy[list]:
+    passes = st.tuples(_passes(count), _passes(count))
+    fails = st.tuples(st.integers(0, 1), st.booleans(), st.sampled_from([Failed, Stopped]))
+    steps = st.builds(Step, passes, st.one_of(st.none(), st.none(), fails))
+    by_hand = st.builds(ByHand, passes, st.sampled_from([None, 1.0, 1024.0]))
+    names = {"lr": [0.0, 0.002, 0.03], "weight_decay": [0.3]}
+    if kind != "AdamWL2SP":
+        names["rho"] = [0.0, 0.02, 0.7]
+    changes = [Change(group, name, value) for group in (0, 1) for name in names for value in names[name]]
+    others = [
+        st.builds(Backward, _passes(count)),
+        st.just(Update()),
+        st.just(Restore()),
+        st.builds(ZeroGrad, st.sampled_from(["none", "zeros", "model"])),
+        st.sampled_from(changes),
+        st.builds(AddGroup, st.sampled_from(["vector", "transposed", "scalar"]), _groups(kind, eps)),
+        st.builds(Freeze, st.integers(1, max(count - 1, 1))),
+        st.just(Look()),
+        st.just(Resume()),
+        st.just(Copy()),
+    ]
+    if kind == "FSAM":
+        others += [st.just(Perturb()), st.just(Perturb())]
+    if kind == "MomentumSAM":
+        others.append(st.builds(Modes, st.booleans()))
+    if can_choose:
+        others.append(st.builds(SetTrainable, st.sampled_from([None, 0.3, 0.6])))
+    action = st.one_of(steps, by_hand, steps, by_hand, st.one_of(others), st.one_of(others), st.one_of(others))
+    return st.lists(action, min_size=4, max_size=8)
+
+
+@st.composite
+def programs(draw: st.DrawFn, kind: str) -> Program:
+    """Programs of four to eight actions with optimizers of this kind."""
+    options = draw(_options(kind))
+    can_choose = "mask" not in options and "static_grads" not in options
+    keep = draw(st.sampled_from([None, None, 0.3, 0.6])) if can_choose else None
+    layouts = [name for name in LAYOUTS if name != "gaps" or not ("flatten" in options or can_choose)]
+    layouts = ("matrix", *draw(st.lists(st.sampled_from(layouts), min_size=1, max_size=4)))
+    count = len(layouts)
+    # What a combination of gradients leaves can be near zero: eps=1 keeps Adam's quotient well conditioned.
+    eps = 1.0 if "alpha" in options else 1e-8
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    if dtype == torch.bfloat16:
+        options["master_weights"] = draw(st.booleans())
+    numbers = st.frozensets(st.integers(0, count - 1))
+    return Program(
+        kind,
+        dtype,
+        layouts,
+        second_group=draw(st.sampled_from([count, *range(1, count)])),
+        groups=draw(st.tuples(_groups(kind, eps), _groups(kind, eps))),
+        options=options,
+        anchored=draw(st.one_of(st.none(), numbers)),
+        keep=keep,
+        frozen=draw(st.one_of(st.just(frozenset()), numbers)) - {0},
+        actions=tuple(draw(_actions(kind, count, eps, can_choose))),
+    )
