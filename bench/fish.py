@@ -44,9 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "BitFit": {"trainable": "bitfit"},
     AS_FEW: {"trainable": "fish"},
 }
-LEARNING_RATES = {
-    name: (1e-4, 2e-4, 5e-4) if name == DENSE else (5e-4, 2e-3, 5e-3, 1e-2) for name in METHODS
-}
+LEARNING_RATES = {name: (1e-4, 2e-4, 5e-4) if name == DENSE else (5e-4, 2e-3, 5e-3, 1e-2) for name in METHODS}
 CHOICE_SEED = 0
 VALIDATION_PER_LABEL, TEST_PER_LABEL = 40, 100
 Record = dict[str, Any]

@@ -264,8 +264,8 @@ def _check_entry(label: str, entry: Mapping[str, Any]) -> None:
             fits = fits and float(value) >= 0
             check(fits, f"{name}, 'step'", value, "must be a number >= 0")
             continue
-        kind = type(value).__name__ if not isinstance(value, Tensor) else value.dtype
-        of_integers = key in ("mask", "index")
+        # torch.optim.AdamW makes floats of masks and indices when it loads them.
         fits = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-        fits = fits and (not (kind.is_floating_point or kind.is_complex) if of_integers else kind.is_floating_point)
-        check(fits, f"{name}, {key!r}", kind, f"must be a dense tensor of {'integers' if of_integers else 'floats'}")
+        fits = fits and (value.is_floating_point() or (key in ("mask", "index") and not value.is_complex()))
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        check(fits, f"{name}, {key!r}", kind, "must be a dense tensor of floats")

@@ -1,16 +1,21 @@
 """Several gloo processes of a test on one machine, and what each of them returns."""
 
+import contextlib
 import datetime
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from fsam_triton import ops
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -20,6 +25,14 @@ def spawn(worker, n: int, folder: Path, *arguments) -> list[Any]:
     folder.mkdir(exist_ok=True)
     mp.spawn(_call, (worker, n, folder, *arguments), nprocs=n)
     return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(n)]
+
+
+@contextlib.contextmanager
+def eager_passes() -> Iterator[None]:
+    """The passes as the processes have them; compiled ones, which other tests leave behind, differ by an ulp."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_compiled", lambda function, variant: function)
+        yield
 
 
 def _call(rank: int, worker, n: int, folder: Path, *arguments) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fsam_triton import FSAM, AdamWL2SP, FishMask, MomentumSAM, SparseMerger, WorkerError, load_merged
+from tests.processes import eager_passes
 from tests.training import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,7 +108,7 @@ class Masks:
 # -- the simulation ----------------------------------------------------------------------------------------------------
 
 
-@torch._dynamo.config.patch(disable=True)
+@eager_passes()
 def simulate(case: Case, n: int) -> list[nn.Module]:
     """Train n copies in turns, and merge them in plain torch."""
     models = [make_model(case) for _ in range(n)]

@@ -81,7 +81,7 @@ FOREIGN = {
     "not_a_tensor": (lambda: damaged(exp_avg=[0.0] * 384), "exp_avg.*list"),
     "step_of_text": (lambda: damaged(step="three"), "step.*three"),
     "negative_step": (lambda: damaged(step=torch.tensor(-1.0)), "step.*-1"),
-    "mask_of_floats": (lambda: damaged(mask=torch.ones(12)), r"mask.*torch\.float32"),
+    "complex_mask": (lambda: damaged(mask=torch.ones(12, dtype=torch.complex64)), r"mask.*torch\.complex64"),
     "selected_weights": (lambda: damaged(index=torch.zeros(16, 24, dtype=torch.int32)), "index.*trainable"),
     "no_state": (lambda: without("state"), "must have.*state"),
     "no_groups": (lambda: without("param_groups"), "must have.*param_groups"),

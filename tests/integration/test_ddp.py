@@ -11,7 +11,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from fsam_triton import FSAM, AdamWL2SP, FisherMask, MomentumSAM, Schedule, select_samples
-from tests.processes import run_example, spawn
+from tests.processes import eager_passes, run_example, spawn
 from tests.training import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,7 +115,7 @@ def mean(each: list[list[Tensor | None]]) -> list[Tensor | None]:
     return [None if a is None else a / 2 + b / 2 for a, b in zip(*each, strict=True)]
 
 
-@torch._dynamo.config.patch(disable=True)
+@eager_passes()
 def simulate(case: Case) -> list[nn.Module]:
     """One model for each rank, which differ at most between the two passes of a step."""
     models = [make_model() for _ in range(RANKS)]
@@ -250,7 +250,7 @@ def test_two_processes_equal_one_that_averages_their_gradients_to_the_bit(name, 
     assert_trained(trained, name, simulated[0])
 
 
-@torch._dynamo.config.patch(disable=True)
+@eager_passes()
 def test_each_rank_takes_the_second_gradient_from_samples_of_its_own_batch(trained):
     model = make_model()
     optimizer = FSAM(model.named_parameters(), lr=0.01, rho=0.5)

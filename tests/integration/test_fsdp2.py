@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from fsam_triton import FSAM, AdamWL2SP, FisherMask, FishMask, MomentumSAM, Schedule
 from fsam_triton.sharded import local
-from tests.processes import run_example, spawn
+from tests.processes import eager_passes, run_example, spawn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -374,7 +374,7 @@ def results(tmp_path_factory):
 
 
 @functools.cache
-@torch._dynamo.config.patch(disable=True)
+@eager_passes()
 def alone(name: str) -> dict:
     case = CASES[name]
     model = make_model(case)
@@ -427,7 +427,7 @@ def test_checkpoint_is_loaded_by_another_number_of_processes(worlds, name, resul
 
 
 @pytest.mark.parametrize("name", SAVED)
-@torch._dynamo.config.patch(disable=True)
+@eager_passes()
 def test_full_state_dict_is_loaded_by_one_process(name, results):
     case = CASES[name]
     weights, state = results[0]["full"][name]
@@ -444,7 +444,7 @@ def test_checkpoint_of_one_process_is_loaded_by_several(name, results):
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-@torch._dynamo.config.patch(disable=True)
+@eager_passes()
 def test_sixteen_bit_shards_draw_the_random_numbers_of_one_process(name, results):
     expected = steps_by_hand(name)
     for result in of_members(results, "by hand"):
@@ -456,7 +456,7 @@ def test_sixteen_bit_shards_draw_the_random_numbers_of_one_process(name, results
                 assert torch.equal(result[name]["state"][key][lane], value), (key, lane)
 
 
-@torch._dynamo.config.patch(disable=True)
+@eager_passes()
 def test_mask_over_all_shards_breaks_ties_as_one_process_does(results):
     expected = masks_of_ties()
     for result in of_members(results, "ties"):
@@ -469,7 +469,7 @@ def test_mask_over_all_shards_breaks_ties_as_one_process_does(results):
         assert result["density 0.3"] == expected["density 0.3"]
 
 
-@torch._dynamo.config.patch(disable=True)
+@eager_passes()
 def test_mixed_precision_equals_one_process_that_computes_in_bf16(results):
     case = SAM
     model, start = make_model(case), make_model(case)
@@ -500,7 +500,7 @@ def test_mixed_precision_equals_one_process_that_computes_in_bf16(results):
             assert torch.linalg.vector_norm(result["weights"][name] - p) <= 2**-8 * moved, name
 
 
-@torch._dynamo.config.patch(disable=True)
+@eager_passes()
 def test_step_that_overflows_on_one_shard_is_skipped_on_all(results):
     expected = train_under_scaler()
     for result in of_members(results, "scaler"):

@@ -260,7 +260,7 @@ def test_passes_take_noise_that_was_made_before(dtype):
             perturbed, grad, None, None, ascent, False, True, False, True, noise[0], choice if made else None
         )
         flat = (weight, grad, exp_avg, exp_avg_sq, None, clean, None, None)
-        reference.adamw_l2sp_(*flat, descent, True, False, None, False, True, *noise[:2])
+        reference.adamw_l2sp_(*flat, descent, True, False, None, False, True, None, *noise[:2])
         reference.shift_(weight, clean, exp_avg, descent, True, noise[2])
         results.append((perturbed, weight, exp_avg_sq, clean))
     for one, other in zip(*results, strict=True):
