@@ -28,7 +28,8 @@ class NoSync(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         indexed = func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
         by_bits = indexed and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        assert not (func in WAITS or by_bits), f"{func} waits for the device"
+        waits = func in WAITS or by_bits
+        assert not waits, f"{func} waits for the device"
         return func(*args, **(kwargs or {}))
 
 
