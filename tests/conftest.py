@@ -1,4 +1,4 @@
-"""Fixtures of the optimizers' tests."""
+"""What tests of optimizers share."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Buffers of a few thousand weights: threads would spend the time waiting for one another."""
+    """Models of a few thousand weights: threads would spend the time waiting for one another."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
