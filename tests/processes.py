@@ -29,7 +29,7 @@ def spawn(worker, n: int, folder: Path, *arguments) -> list[Any]:
 
 @contextlib.contextmanager
 def eager_passes() -> Iterator[None]:
-    """The passes as the processes have them; compiled ones, which other tests leave behind, differ by an ulp."""
+    """The passes as the processes have them; compiled ones take square roots that can differ in the last bit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "_compiled", lambda function, variant: function)
         yield
