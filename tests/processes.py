@@ -17,14 +17,22 @@ import torch.multiprocessing as mp
 
 from fsam_triton import ops
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 
 
 def spawn(worker, n: int, folder: Path, *arguments) -> list[Any]:
     """Run `worker(rank, n, folder, *arguments)` in n processes; gives what each has returned."""
     folder.mkdir(exist_ok=True)
-    mp.spawn(_call, (worker, n, folder, *arguments), nprocs=n)
+    start(_call, n, worker, n, folder, *arguments)
     return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(n)]
+
+
+def start(function, n: int, *arguments) -> None:
+    """Call `function(rank, *arguments)` in n processes, which find the tests however pytest was started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        mp.spawn(function, arguments, nprocs=n)
 
 
 @contextlib.contextmanager

@@ -15,13 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fsam_triton import FSAM, AdamWL2SP, FishMask, MomentumSAM, SparseMerger, WorkerError, load_merged
-from tests.processes import eager_passes
+from tests.processes import eager_passes, start
 from tests.training import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -185,7 +184,7 @@ def merge_by_hand(case: Case, models: list, optimizers: list, masks: list, befor
 def spawn(worker, n: int, folder, *arguments) -> list[dict]:
     """Run `worker(rank, n, folder, *arguments)` in n processes; gives what each has returned, or None if it died."""
     folder.mkdir(exist_ok=True)
-    mp.spawn(_call, (worker, n, folder, *arguments), nprocs=n)
+    start(_call, n, worker, n, folder, *arguments)
     paths = [folder / f"result-{rank}.pt" for rank in range(n)]
     return [torch.load(path, weights_only=True) if path.exists() else None for path in paths]
 
