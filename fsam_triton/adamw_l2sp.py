@@ -369,11 +369,15 @@ class AdamWL2SP(FlatState):
                 way a parameter that gets no gradient afterwards is left alone by `step`. With `static_grads` this is
                 always False.
         """
-        if self.trainable is not None:
-            # First, because buckets note which gradients nobody has written since.
-            super().zero_grad(set_to_none)
         for bucket in self._buckets:
             bucket.drop_grads(keep_views=self.static_grads or not set_to_none)
+        if self.trainable is not None:
+            # What has no trained weight is in no bucket.
+            for p in (p for group in self.param_groups for p in group["params"] if p not in self._places):
+                if set_to_none:
+                    p.grad = None
+                elif p.grad is not None:
+                    p.grad = torch.zeros_like(p.grad)
 
     def _collect(self) -> list[tuple[Bucket, tuple[bool, ...]]]:
         """All buckets in which a parameter has a gradient, with which of them have."""

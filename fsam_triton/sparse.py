@@ -47,7 +47,11 @@ class SparseBucket(Bucket):
 
     def read(self, source: Tensor, i: int, target: Tensor) -> None:
         """Copy the selected elements of a tensor like parameter i to its part of a flat buffer."""
-        ops.gather_(target, [self._like(source, i)], self._index, [self.offsets[i]], [self._counts[i]])
+        index = self.view(self._index, i)
+        # The operator moves bits; the target may be of another type, as masters are.
+        values = torch.empty_like(index, dtype=self.dtype)
+        ops.gather_(values, [self._like(source, i)], index, [0], [self._counts[i]])
+        self.view(target, i).copy_(values)
 
     def _like(self, source: Tensor, i: int) -> Tensor:
         """A tensor like parameter i in its strides and dtype, as its selected positions count."""

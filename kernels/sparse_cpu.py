@@ -1,7 +1,7 @@
 """The way of selected weights and gradients into compact buffers and back on a CPU, in C++.
 
-PyTorch has no operator over tensors that lie anywhere: one call a tensor takes three times as long, because few memory
-accesses are under way at a time.
+PyTorch has no operator over tensors that lie anywhere, and in a call for each of them few memory accesses are under way
+at a time.
 """
 
 import ctypes

@@ -111,7 +111,12 @@ class SharpnessAwareMixin:
         allowed = "must be None with optimizers or optimizer_cls_and_kwargs"
         check(not (optimizer_kwargs and unused), "optimizer_kwargs", optimizer_kwargs, allowed)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        check(not sharded, "args", "DeepSpeed or FSDP", "must be without: their parameters cannot be perturbed")
+        check(
+            not sharded,
+            "args",
+            "DeepSpeed or FSDP",
+            "must be without: no Trainer with sharded parameters has been tried",
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the FSAM, unless there is one, as :meth:`transformers.Trainer.create_optimizer`."""

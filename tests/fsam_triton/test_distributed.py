@@ -412,6 +412,8 @@ def go_on(rank: int, n: int, folder, checkpoint) -> dict:
         out[f"{name} begins at"] = merger.steps
         train(merger, case, rank)
         out[name] = final_state(merger)
+    # Each rank removes its own older file, after the others may have gone on.
+    dist.barrier()
     out["files"] = sorted(path.name for path in (checkpoint / "shared").glob("merge*"))
     other = {"masks": "disjoint", "checkpoint": checkpoint / "shared"}
     model = make_model(Case())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fsam_triton import FSAM, AdamWL2SP, FisherMask, MomentumSAM
 from fsam_triton.fish import FishMask
 from tests.reference import Problem, ReferenceFSAM, ReferenceMomentumSAM, assert_weights_close, small_model
-from tests.training import assert_same_bits, closure_of, round_trip, train, weights_of
+from tests.training import assert_same_bits, assert_unchanged, closure_of, round_trip, train, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -221,6 +221,19 @@ def test_weights_loaded_into_the_model_are_trained_on(master_weights):
     train(model, optimizer, 1)
     # A step of Adam's is at most a few times the learning rate.
     assert all(((p - 3.0).abs() < 0.2).all() for p in model.parameters())
+
+
+def test_weights_loaded_while_perturbed_are_the_clean_ones_of_the_masters_too():
+    model = small_model(torch.bfloat16)
+    mask = masked(model)
+    optimizer = MomentumSAM(model.named_parameters(), lr=0.01, trainable=mask, master_weights=True)
+    train(model, optimizer, 2)
+    loaded = [torch.randn_like(p) for p in model.parameters()]
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), loaded, strict=True):
+            p.copy_(value)
+    optimizer.eval()
+    assert_unchanged(model, loaded)
 
 
 def test_copy_of_an_optimizer_trains_the_copied_parameters():
