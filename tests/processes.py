@@ -50,6 +50,8 @@ def _call(rank: int, worker, n: int, folder: Path, *arguments) -> None:
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n, timeout=timeout)
     torch.save(worker(rank, n, folder, *arguments), folder / f"result-{rank}.pt")
+    # A thread of gloo's that lets go of the last operation's tensors while Python shuts down aborts the process.
+    dist.barrier()
     dist.destroy_process_group()
 
 
