@@ -1,7 +1,6 @@
-"""The passes in plain PyTorch: the oracle of the kernels, and what torch.compile turns into the CPU backend.
+"""The passes in plain PyTorch: the oracle of the kernels and of the C++, and what runs where no compiler is found.
 
-Every tensor is flat; the element-wise passes also take whole words as rows, [n / 32, 32]. A mask is int32 words, bit
-i % 32 of word i // 32 for element i.
+Every tensor is flat. A mask is int32 words, bit i % 32 of word i // 32 for element i.
 """
 
 from collections.abc import Sequence
@@ -14,9 +13,6 @@ CHUNK = 16384
 WEYL = 0x9E3779B1
 _WEYL = WEYL - (1 << 32)
 _MIX = 0x2C1B3C6D
-# Row length of `noise_`, and how far its counter goes from row to row (mod 2**32, signed).
-COLUMNS = 1024
-_ROW_WEYL = (COLUMNS * _WEYL + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,28 +20,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _as_int32(key: Tensor) -> Tensor:
-    return key.to(torch.int64).to(torch.int32)
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    return x * _MIX
-
-
 def key_at(key: Tensor, offset: int | Tensor) -> Tensor:
     """The key, int64 in [0, 2**32), with which element 0 gets the numbers that element `offset` gets with `key`."""
     return (key.to(torch.int64) + offset * WEYL) & 0xFFFFFFFF
 
 
-def counters(n: int, device: torch.device | None = None) -> Tensor:
-    """The generator's counters of the first n elements, int32 [n]."""
-    return torch.arange(n, dtype=torch.int32, device=device) * _WEYL
-
-
 def random_bits(like: Tensor, key: Tensor) -> Tensor:
     """32 random bits for each element of `like`, as int32; see `rounding.random_bits`. key: scalar in [0, 2**32)."""
-    return _mix(counters(like.numel(), key.device).view(like.shape) + _as_int32(key))
+    counters = torch.arange(like.numel(), dtype=torch.int32, device=key.device) * _WEYL
+    x = counters + key.to(torch.int64).to(torch.int32)
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    return x * _MIX
 
 
 def high_half(bits: Tensor) -> Tensor:
@@ -63,22 +48,15 @@ def uniform(rand: Tensor) -> Tensor:
     return (rand | 1).to(torch.float32) * 2.0**-16
 
 
-def dither(rand: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers in [-32768, 32768) as fp32 noise in (-1/2, 1/2): `uniform` (bf16) or odd multiples of 2**-13 (fp16)."""
-    return ((rand >> 3) | 1).to(torch.float32) * 2.0**-13 if dtype == torch.float16 else uniform(rand)
-
-
 def stochastic_round(x: Tensor, rand: Tensor, dtype: torch.dtype) -> Tensor:
     """fp32 `x` rounded stochastically to a value `dtype` (bf16 or fp16) can hold; see `rounding.stochastic_round`.
 
-    Float operations alone: under torch.compile on CPU a look at the bits of a computed value costs several times more.
-
     Args:
         x: fp32.
-        rand: int32 in [-32768, 32768), or the noise that `dither` made of it.
+        rand: int32 in [-32768, 32768).
         dtype: bf16 or fp16.
     """
-    noise = rand if rand.is_floating_point() else dither(rand, dtype)
+    noise = ((rand >> 3) | 1).to(torch.float32) * 2.0**-13 if dtype == torch.float16 else uniform(rand)
     # The power of two below |x|, with the sign of x (Rump, "Error estimation of floating-point summation", alg. 3).
     q = x * float(2**23 + 1)
     binade = q - q * (1 - 2.0**-24)
@@ -92,31 +70,10 @@ def stochastic_round(x: Tensor, rand: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(x.abs() < 2.0**100, y, x)
 
 
-def noise_(first: Tensor | None, second: Tensor | None, key: Tensor, columns: Tensor, dtypes: list) -> None:
-    """Fill fp32 [rows, COLUMNS] with noise of as many elements: `first` with that of the upper halves of the bits.
-
-    The same numbers as `dither(high_half(random_bits(...)))` and of the low half, apart from the passes because,
-    compiled for CPU, counting and the way from integers to floats are several times faster in a loop of this shape.
-
-    Args:
-        first, second: written, or None.
-        key: scalar in [0, 2**32).
-        columns: `counters(COLUMNS)`.
-        dtypes: what each is the noise for: bf16 (or anything else that wants `uniform`), or fp16.
-    """
-    row = torch.arange(len(second if first is None else first), dtype=torch.int32, device=columns.device)
-    bits = _mix(columns + (row * _ROW_WEYL + _as_int32(key))[:, None])
-    if first is not None:
-        first.copy_(dither(high_half(bits), dtypes[0]))
-    if second is not None:
-        second.copy_(dither(low_half(bits), dtypes[1]))
-
-
 def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
-    """Mask words as booleans in the shape of `like`: [n], or the same elements as [..., 32] for words [...]."""
+    """Mask words as booleans, one for each element of `like` [n]."""
     lane = torch.arange(32, dtype=torch.int32, device=mask.device)
-    bits = ((mask[..., None] >> lane) & 1) != 0
-    return bits if like.dim() > 1 else bits.view(-1)[: like.numel()]
+    return (((mask[:, None] >> lane) & 1) != 0).view(-1)[: like.numel()]
 
 
 def pack_mask(bits: Tensor) -> Tensor:
@@ -137,43 +94,23 @@ def grad_norm_sq(grad: Tensor, weight: Tensor | None, mask: Tensor | None) -> Te
     Returns:
         fp64 scalar; inf or NaN if any element is, counted or not, or if the sum overflows fp32.
     """
-    whole = grad.numel() // CHUNK * CHUNK
-    total = torch.zeros((), dtype=torch.float64, device=grad.device)
-    for start, stop in ((0, whole), (whole, grad.numel())):
-        if start < stop:
-            total += chunk_sums(*chunk_views(grad, weight, mask, start, stop)).sum(dtype=torch.float64)
-    return total
-
-
-def chunk_views(
-    grad: Tensor, weight: Tensor | None, mask: Tensor | None, start: int, stop: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Elements start to stop as `chunk_sums` takes them: whole chunks as rows, anything else as one row."""
-    rows = 1 if (stop - start) % CHUNK else (stop - start) // CHUNK
-    columns = (stop - start) // rows
-    words = (rows, (columns + 31) // 32)
-    shape = (rows, columns) if mask is None or columns % 32 else (*words, 32)
-    return (
-        grad[start:stop].view(shape),
-        None if weight is None else weight[start:stop].view(shape),
-        None if mask is None else mask[start // 32 : (stop + 31) // 32].view(words),
-    )
-
-
-def chunk_sums(grad: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Row sums of (s g)^2 where the mask is set: [rows, columns], or [rows, words, 32] and a mask [rows, words]."""
     x = grad.to(compute_dtype(grad.dtype))
     if weight is not None:
         x = x * weight.to(x.dtype)
     if mask is not None:
-        bits = unpack_mask(mask, grad) if grad.dim() > 2 else unpack_mask(mask[0], grad[0])[None]
         # Zero times an inf or NaN is NaN: what is not finite shows, masked or not.
-        x = torch.where(bits, x, x * 0.0)
-    return (x * x).flatten(1).sum(1)
+        x = torch.where(unpack_mask(mask, x), x, x * 0.0)
+    return _total(x * x)
+
+
+def _total(x: Tensor) -> Tensor:
+    """The sum of x, in fp64 over chunks."""
+    whole = x.numel() // CHUNK * CHUNK
+    return x[:whole].view(-1, CHUNK).sum(1).sum(dtype=torch.float64) + x[whole:].sum().to(torch.float64)
 
 
 def surrogate_gap(first: Tensor, second: Tensor) -> Tensor:
-    """<a, b>, <a, a> and <b, b>: what GSAM's decomposition needs (arXiv 2203.08065, eq. 8).
+    """`<a, b>`, `<a, a>` and `<b, b>`: what GSAM's decomposition needs (arXiv 2203.08065, eq. 8).
 
     Args:
         first: a, fp16/bf16/fp32/fp64 [n].
@@ -182,21 +119,9 @@ def surrogate_gap(first: Tensor, second: Tensor) -> Tensor:
     Returns:
         fp64 [3]; inf or NaN where a tensor holds one, or where a sum overflows fp32 (no tensor being fp64).
     """
-    whole = first.numel() // CHUNK * CHUNK
-    total = torch.zeros(3, dtype=torch.float64, device=first.device)
-    for start, stop in ((0, whole), (whole, first.numel())):
-        if start < stop:
-            rows = 1 if (stop - start) % CHUNK else (stop - start) // CHUNK
-            parts = dot_sums(first[start:stop].view(rows, -1), second[start:stop].view(rows, -1))
-            total += torch.stack([part.sum(dtype=torch.float64) for part in parts])
-    return total
-
-
-def dot_sums(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row sums of a b, a^2 and b^2: [rows] each, of tensors [rows, columns]."""
     dtype = torch.promote_types(compute_dtype(first.dtype), compute_dtype(second.dtype))
     a, b = first.to(dtype), second.to(dtype)
-    return (a * b).sum(1), (a * a).sum(1), (b * b).sum(1)
+    return torch.stack([_total(a * b), _total(a * a), _total(b * b)])
 
 
 def perturb_(
@@ -209,8 +134,6 @@ def perturb_(
     stochastic: bool,
     zero_grad: bool,
     random: bool = False,
-    noise: Tensor | None = None,
-    choice: Tensor | None = None,
 ) -> None:
     """w <- round(w + scale * s * g), s = w^2 (ASAM, arXiv 2102.11600 eq. 9) or 1 (SAM, arXiv 2010.01412 eq. 2).
 
@@ -222,17 +145,14 @@ def perturb_(
         grad: gradient, same type [n]; set to zero if zero_grad.
         backup: same type [n], gets the clean weights, or None (where master weights are the backup).
         mask: int32 [ceil(n / 32)], only these coordinates move, or None for all.
-        coef: fp64 [2]: scale = rho / norm, key of the random numbers in [0, 2**32); with `random` [3]: the probability
-            minus 1/2, a multiple of 2**-15.
+        coef: fp64 [2]: scale = rho / norm, key of the random numbers, in ``[0, 2**32)``; with `random` [3]: the
+            probability minus 1/2, a multiple of 2**-15.
         adaptive: ASAM's scaling.
         stochastic: round 16-bit weights stochastically.
         zero_grad: whether to clear the gradient.
         random: move a random part of the coordinates.
-        noise, choice: fp32 [n] from `noise_`, if they were made before.
     """
     if backup is not None:
-        # Must stand first: torch.compile writes mutated inputs back in the order of their first use, and after the
-        # weights this would copy the perturbed ones.
         backup.copy_(weight)
     w = weight.to(compute_dtype(weight.dtype))
     scale = coef[0].to(w.dtype)
@@ -243,13 +163,10 @@ def perturb_(
     if mask is not None:
         moved = moved & unpack_mask(mask, weight)
     if random:
-        if choice is None:
-            choice = uniform(low_half(random_bits(weight, coef[1])))
-        moved = moved & (choice < coef[2].to(torch.float32))
+        moved = moved & (uniform(low_half(random_bits(weight, coef[1]))) < coef[2].to(torch.float32))
     w = w + torch.where(moved, eps, 0.0)
     if stochastic and weight.element_size() == 2:
-        rand = high_half(random_bits(weight, coef[1])) if noise is None else noise
-        w = stochastic_round(w, rand, weight.dtype)
+        w = stochastic_round(w, high_half(random_bits(weight, coef[1])), weight.dtype)
     weight.copy_(w)
     if zero_grad:
         grad.zero_()
@@ -271,14 +188,12 @@ def adamw_l2sp_(
     keep_orthogonal: bool = False,
     perturb: bool = False,
     ema: Tensor | None = None,
-    w_noise: Tensor | None = None,
-    v_noise: Tensor | None = None,
 ) -> None:
     """AdamW (arXiv 1711.05101, alg. 2) from the clean weights, decaying to zero or to an anchor (L2-SP, 1802.01483).
 
-    g <- factor * g + other * other_grad  (GSAM, arXiv 2203.08065; LookSAM, 2203.02714; the last term if there is one)
-    m <- m + (1 - beta1) (g - m);  v <- beta2 v + (1 - beta2) g^2
-    w <- w - decay (w - anchor) - step_size * m / (sqrt(v) * inv_sqrt_bias2 + eps)
+        g <- factor * g + other * other_grad  (GSAM, arXiv 2203.08065; LookSAM, 2203.02714; last term if there is one)
+        m <- m + (1 - beta1) (g - m);  v <- beta2 v + (1 - beta2) g^2
+        w <- w - decay (w - anchor) - step_size * m / (sqrt(v) * inv_sqrt_bias2 + eps)
 
     A coordinate whose scaled gradient or its square is not finite is only restored; a factor of NaN skips the whole
     update. With `perturb` the clean weights go to the backup or the master, and the weights get w + scale * m, the
@@ -302,7 +217,6 @@ def adamw_l2sp_(
             component, to be used again).
         perturb: leave the weights perturbed along the new first moment; needs a backup or a master.
         ema: average of the clean weights, fp32 (fp64 for fp64 weights) [n]; written; or None.
-        w_noise, v_noise: fp32 [n] from `noise_`, if they were made before.
     """
     c = coef.to(compute_dtype(weight.dtype))
     old_w = (master if master is not None else backup if backup is not None else weight).to(c.dtype)
@@ -332,13 +246,11 @@ def adamw_l2sp_(
     if master is not None:
         master.copy_(w)
     elif stochastic and weight.element_size() == 2:
-        if w_noise is None:
-            bits = random_bits(weight, coef[8])
-            w_noise, v_noise = high_half(bits), low_half(bits)
-        w = stochastic_round(w, w_noise, weight.dtype)
+        bits = random_bits(weight, coef[8])
+        w = stochastic_round(w, high_half(bits), weight.dtype)
         if exp_avg_sq.element_size() == 2:
-            v = stochastic_round(v, v_noise, exp_avg_sq.dtype)
-            top = stochastic_round(top, v_noise, exp_avg_sq.dtype)
+            v = stochastic_round(v, low_half(bits), exp_avg_sq.dtype)
+            top = stochastic_round(top, low_half(bits), exp_avg_sq.dtype)
     exp_avg_sq.copy_(v)
     if max_exp_avg_sq is not None:
         max_exp_avg_sq.copy_(top)
@@ -355,13 +267,8 @@ def adamw_l2sp_(
         grad.zero_()
 
 
-def shift_(
-    weight: Tensor, clean: Tensor, exp_avg: Tensor, coef: Tensor, stochastic: bool, noise: Tensor | None = None
-) -> None:
+def shift_(weight: Tensor, clean: Tensor, exp_avg: Tensor, coef: Tensor, stochastic: bool) -> None:
     """w <- round(clean + scale * m): the end of `adamw_l2sp_` with `perturb`, from what that has stored.
-
-    Compiled together, the casts of 16-bit clean weights and moments would be dropped, and the perturbation could not be
-    made again from what is stored.
 
     Args:
         weight: weights [n]; written.
@@ -369,21 +276,19 @@ def shift_(
         exp_avg: first moments, a float type [n].
         coef: as for `adamw_l2sp_`.
         stochastic: round 16-bit weights stochastically, unless `clean` is a master.
-        noise: fp32 [n] from `noise_`, if it was made before.
     """
     c = coef.to(compute_dtype(weight.dtype))
     eps = c[10] * exp_avg.to(c.dtype)
     w = clean.to(c.dtype) + torch.where(eps.abs() < float("inf"), eps, 0.0)
     if stochastic and clean.element_size() == 2:
-        rand = high_half(random_bits(weight, coef[11])) if noise is None else noise
-        w = stochastic_round(w, rand, weight.dtype)
+        w = stochastic_round(w, high_half(random_bits(weight, coef[11])), weight.dtype)
     weight.copy_(w)
 
 
 def average_(ema: Tensor, clean: Tensor, coef: Tensor) -> None:
     """ema <- ema + rate * (clean - ema) where that is a finite change: the end of `adamw_l2sp_` with `ema`.
 
-    From what that has stored, and for 16-bit weights apart from it, for the reason that `shift_` is.
+    From what that has stored.
 
     Args:
         ema: fp32 (fp64 for fp64 weights) [n]; written.

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .cpp import library
+
 # Elements a thread takes at a time.
 _BLOCK = 2048
 
@@ -50,14 +52,6 @@ EXPORTS(64)
 """
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    """The code above, built by what builds torch.compile's code and kept in its cache."""
-    from torch._inductor.codecache import CppCodeCache
-
-    return CppCodeCache.load(_SOURCE, device_type="cpu")
-
-
 @functools.lru_cache(maxsize=64)
 def jobs_of(offsets: tuple[int, ...], counts: tuple[int, ...], block: int, device: torch.device) -> Tensor:
     """Parts of at most `block` elements, int64 [n, 3]: a tensor's number, the first element and the last + 1."""
@@ -70,7 +64,7 @@ def jobs_of(offsets: tuple[int, ...], counts: tuple[int, ...], block: int, devic
 
 
 def _move(kind: str, tensors: Sequence[Tensor], index: Tensor, compact: Tensor, offsets, counts) -> None:
-    move = getattr(_library(), f"{kind}_{8 * compact.element_size()}_{index.element_size()}")
+    move = getattr(library(_SOURCE), f"{kind}_{8 * compact.element_size()}_{index.element_size()}")
     jobs = jobs_of(tuple(offsets), tuple(counts), _BLOCK, compact.device)
     addresses = (ctypes.c_int64 * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
     pointers = (ctypes.addressof(addresses), jobs.data_ptr(), len(jobs), index.data_ptr(), compact.data_ptr())

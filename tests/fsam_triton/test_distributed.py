@@ -7,8 +7,6 @@ import itertools
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,8 +17,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fsam_triton import FSAM, AdamWL2SP, FishMask, MomentumSAM, SparseMerger, WorkerError, load_merged
-from tests.processes import eager_passes, start
+from fsam_triton import FSAM, AdamWL2SP, FishMask, MomentumSAM, SparseMerger, WorkerError, load_merged, ops
+from tests.processes import eager_passes, run_example, start
 from tests.training import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -191,8 +189,8 @@ def spawn(worker, n: int, folder, *arguments) -> list[dict]:
 
 def _call(rank: int, worker, n: int, folder, *arguments) -> None:
     torch.set_num_threads(1)
-    # Each process would compile the passes for itself.
-    torch._dynamo.config.disable = True
+    # To load what builds and loads the C++ takes each process two seconds.
+    ops._can_compile = lambda: False
     connect(rank, n, folder, seconds=120)
     torch.save(worker(rank, n, folder, *arguments), folder / f"result-{rank}.pt")
     # Not destroyed: that would wait for workers that have died.
@@ -473,21 +471,9 @@ def test_last_merged_weights_are_on_disk_when_a_worker_is_lost(name, resumed, th
 
 
 def test_example_of_the_page_runs_with_torchrun(tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
-    (tmp_path / "train.py").write_text(re.search(r"^```py\n(.*?)^```$", page, re.M | re.S)[1], encoding="utf-8")
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    run = subprocess.run(
-        [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert run.returncode == 0, run.stderr
+    printed = run_example("distributed.md", "train.py", tmp_path)
     # 12 merges of int(0.1 * 706) weights.
-    assert re.search(f"120 steps, 12 merges, {12 * 70 * 4} bytes sent, accuracy (0.9|1)", run.stdout)
+    assert re.search(f"120 steps, 12 merges, {12 * 70 * 4} bytes sent, accuracy (0.9|1)", printed)
     assert json.loads((tmp_path / "merges" / "merges.json").read_text())["merges"] == 12
 
 

@@ -24,13 +24,12 @@ pytestmark = pytest.mark.usefixtures("one_thread", "quick")
 
 @pytest.fixture(scope="module")
 def quick():
-    """Passes as plain PyTorch, of which other tests say that compiling changes no bit; few objects for `show_clean`."""
+    """Passes as plain PyTorch, of which other tests say that C++ changes no bit; few objects for `show_clean`."""
     # Imported by the first step, and then in sight of `gc.get_objects`.
     importlib.import_module("torch._dynamo")
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "_can_compile", lambda: False)
-        patch.setattr(ops, "_compiled", lambda function, variant: function)
         yield
     gc.unfreeze()
 

@@ -1,6 +1,5 @@
 """The reference passes against the formulas of the papers in exact arithmetic, and the packing of masks."""
 
-import itertools
 import math
 from fractions import Fraction
 
@@ -42,12 +41,6 @@ def test_bit_i_of_a_word_belongs_to_element_i():
 
 def test_bits_after_the_end_are_packed_as_zeros():
     assert reference.pack_mask(torch.ones(35, dtype=torch.bool)).tolist() == [-1, 0b111]
-
-
-def test_rows_of_words_unpack_to_rows_of_32():
-    mask = random_mask(128, seed=1)
-    flat = reference.unpack_mask(mask, torch.empty(128))
-    assert torch.equal(reference.unpack_mask(mask, torch.empty(4, 32)), flat.view(4, 32))
 
 
 # -- perturbation ------------------------------------------------------------------------------------------------------
@@ -216,52 +209,3 @@ def test_uniform_takes_odd_multiples_of_a_spacing_equally_often():
     assert values.dtype == torch.float32
     odd = torch.arange(-32767, 32768, 2, dtype=torch.float64) * 2.0**-16
     assert torch.equal(values.double(), odd.repeat_interleave(2))
-
-
-NOISES = [torch.bfloat16, torch.float16, torch.float32, None]
-
-
-@pytest.mark.parametrize(("first", "second"), list(itertools.product(NOISES, NOISES))[:-1], ids=str)
-def test_noise_made_before_is_that_of_the_pass(first, second):
-    """Upper halves for the first, lower halves for the second, each in the way of its own type; None makes none."""
-    key, like = torch.tensor(0x9ABCDEF0), torch.empty(3, reference.COLUMNS)
-    noises = [None if dtype is None else torch.full_like(like, 7.0) for dtype in (first, second)]
-    reference.noise_(*noises, key, reference.counters(reference.COLUMNS), [first, second])
-    random = reference.random_bits(like, key)
-    halves = (reference.high_half(random), reference.low_half(random))
-    for noise, half, dtype in zip(noises, halves, (first, second), strict=True):
-        if noise is not None:
-            assert torch.equal(noise, reference.dither(half, dtype))
-
-
-def test_noise_of_other_types_than_fp16_is_uniform():
-    rand = torch.arange(-32768, 32768, dtype=torch.int32)
-    for dtype in (torch.bfloat16, torch.float32):
-        assert torch.equal(reference.dither(rand, dtype), reference.uniform(rand))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_passes_take_noise_that_was_made_before(dtype):
-    """Choice and rounding of a random perturbation, both roundings of an update and that of its perturbation."""
-    n = 4 * reference.COLUMNS
-    random = {key: reference.random_bits(torch.empty(n), torch.tensor(key)) for key in (11, 22)}
-    high, low = (
-        {key: reference.dither(half(bits), dtype) for key, bits in random.items()}
-        for half in (reference.high_half, reference.low_half)
-    )
-    choice = reference.uniform(reference.low_half(random[11]))
-    ascent = torch.tensor([0.3, 11.0, -0.25], dtype=torch.float64)
-    descent = torch.tensor([0.5, 1e-3, 0.1, 0.9, 0.1, 1e-2, 1.3, 1e-8, 11.0, 0.0, -0.3, 22.0], dtype=torch.float64)
-    results = []
-    for made, noise in ((True, (high[11], low[11], high[22])), (False, (None, None, None))):
-        weight, grad, exp_avg, clean = (ordinary(n, dtype, seed) for seed in range(4))
-        perturbed, exp_avg_sq = weight.clone(), exp_avg.square()
-        reference.perturb_(
-            perturbed, grad, None, None, ascent, False, True, False, True, noise[0], choice if made else None
-        )
-        flat = (weight, grad, exp_avg, exp_avg_sq, None, clean, None, None)
-        reference.adamw_l2sp_(*flat, descent, True, False, None, False, True, None, *noise[:2])
-        reference.shift_(weight, clean, exp_avg, descent, True, noise[2])
-        results.append((perturbed, weight, exp_avg_sq, clean))
-    for one, other in zip(*results, strict=True):
-        assert_same_bits(one, other)

@@ -1,4 +1,4 @@
-"""The passes of the radix select: the kernels in the interpreter and the reference against plain Python."""
+"""The passes of the radix select: the kernels in the interpreter, C++ and the reference against plain Python."""
 
 import math
 import struct
@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsam_triton.kernels import reference, topk_mask
+from fsam_triton.kernels import reference, topk_mask, topk_mask_cpu
 from tests.kernel_cases import FLOATS, any_bits, ordinary, special_values
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS.keys())
 
 
-@pytest.fixture(params=["kernel", "reference"])
+@pytest.fixture(params=["kernel", "cpu", "reference"])
 def passes(request, interpret):
-    """`digit_histogram` and `write_mask_`, as the kernels and as the reference do them."""
-    if request.param == "reference":
-        return reference
+    """`digit_histogram` and `write_mask_`, as the kernels, the C++ and the reference do them."""
+    if request.param != "kernel":
+        return topk_mask_cpu if request.param == "cpu" else reference
     return SimpleNamespace(
         digit_histogram=lambda *args: interpret(topk_mask.digit_histogram, *args),
         write_mask_=lambda *args: interpret(topk_mask.write_mask_, *args),
