@@ -94,7 +94,8 @@ def adamw_l2sp_kernel(
             tl.store(other_grad_ptr + start + offs, round_to(g - other, None, dtype, False), mask=inside)
             g *= factor
         else:
-            g = g * factor + tl.where(tl.abs(other) < float("inf"), other, 0.0)
+            g *= factor
+            g = tl.where(tl.abs(other) < float("inf"), g + other, g)
     else:
         g *= factor
     old_m = tl.load(exp_avg_ptr + start + offs, mask=inside).to(compute)

@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 
 # Four elements a thread: 16-byte accesses of fp32 and 8-byte accesses of 16-bit types, and no layout conversion through
-# shared memory where both meet in one kernel. A warp has 32 threads on NVIDIA and 64 on AMD.
+# shared memory where both meet in one kernel. A warp has 32 threads, but 64 on AMD's data centre GPUs.
 BLOCK = 1024
-WARPS = 4 if torch.version.hip else 8
+_has_amd = torch.version.hip is not None and torch.cuda.is_available()
+WARPS = 256 // (torch.cuda.get_device_properties().warp_size if _has_amd else 32)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from .blocks import WARPS
 from .sparse_cpu import jobs_of
 
 # One element a thread: there are no neighbours that one access could take together.
-BLOCK = WARPS * (64 if torch.version.hip else 32)
+BLOCK = 256
 
 
 @triton.jit
@@ -43,7 +43,8 @@ def _launch(tensors, index, compact, offsets, counts, scatter: bool) -> None:
     addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
     if compact.is_cuda:
         addresses = addresses.pin_memory().to(compact.device, non_blocking=True)
-    sparse_kernel[(len(jobs),)](addresses, jobs, index, compact, SCATTER=scatter, BLOCK=BLOCK, num_warps=WARPS)
+    options = {"num_warps": WARPS, "enable_fp_fusion": False}
+    sparse_kernel[(len(jobs),)](addresses, jobs, index, compact, SCATTER=scatter, BLOCK=BLOCK, **options)
 
 
 def gather_(

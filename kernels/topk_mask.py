@@ -141,6 +141,7 @@ def digit_histogram(values: torch.Tensor, prefix: torch.Tensor, shift: int, bits
             BLOCK=BLOCK,
             CHUNK_BLOCKS=CHUNK_BLOCKS,
             num_warps=WARPS,
+            enable_fp_fusion=False,
         )
     return hist
 
@@ -152,7 +153,7 @@ def write_mask_(
     n = values.numel()
     chunks = triton.cdiv(n, BLOCK * CHUNK_BLOCKS)
     ties = torch.zeros(chunks, dtype=torch.int64, device=values.device)
-    shape = {"WIDE": wide, "BLOCK": BLOCK, "CHUNK_BLOCKS": CHUNK_BLOCKS, "num_warps": WARPS}
+    shape = {"WIDE": wide, "BLOCK": BLOCK, "CHUNK_BLOCKS": CHUNK_BLOCKS, "num_warps": WARPS, "enable_fp_fusion": False}
     if chunks:
         count_ties_kernel[(chunks,)](values, threshold, ties, n, **shape)
         left = (quota - (ties.cumsum(0) - ties)).clamp_(min=0)

@@ -1,24 +1,21 @@
 """The linear layer's Fisher kernel: in the interpreter and the reference against fp64; compiled ahead of time."""
 
 import re
-import subprocess
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from fsam_triton.kernels import fisher, reference
 from tests.kernel_cases import FLOATS, ordinary, pairwise
+from tests.test_fidelity import load_bench
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)} | {
-    "gfx942": GPUTarget("hip", "gfx942", 64)
-}
+load_bench()
+
+from bench.kernel_builds import FISHER, fisher_build  # noqa: E402
+from bench.machine_code import NVIDIA, accesses, assembly, resources  # noqa: E402
+from bench.machine_code import TARGETS as TARGET_LIMITS  # noqa: E402
+
 # Whole tiles; ragged ends in every direction; less than a tile; one position, one sample; nothing.
 SHAPES = [(2, 32, 64, 128), (3, 37, 70, 65), (2, 5, 3, 2), (4, 1, 66, 5), (1, 16, 64, 64), (0, 4, 3, 2), (2, 0, 3, 2)]
 
@@ -120,77 +117,37 @@ def test_nan_shows_in_its_row_alone(linear_fisher_):
 
 # -- ahead of time -----------------------------------------------------------------------------------------------------
 
-BUILDS = [(dtype, shape) for dtype in ("fp32", "bf16", "fp16") for shape in ((384, 1536), (4096, 4096), (770, 5))]
-
-
-@cache
-def compiled(dtype: str, shape: tuple[int, int], target: str, absolute: bool = False):
-    """The kernel as `linear_fisher_` launches it for a weight of this shape."""
-    kernel, tile = fisher.linear_fisher_kernel, fisher.tiling(FLOATS[dtype], *shape)
-    options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
-    types = {"fisher_ptr": "*fp32", "input_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}"}
-    types |= dict.fromkeys(("batch", "positions", "n_out", "n_in"), "i32")
-    flags = {"ABSOLUTE": absolute, "WIDEN": False, **tile}
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    constants = {(i,): flags[name] for i, name in enumerate(signature) if name in flags}
-    aligned = ["fisher_ptr", "input_ptr", "grad_ptr"]
-    aligned += [name for name, size in zip(("n_out", "n_in"), shape, strict=True) if size % 16 == 0]
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=TARGETS[target], options={**options, "enable_fp_fusion": True})
-
-
-def tool(kernel, *command: str) -> str:
-    cubin = next(path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
-    return subprocess.run([TOOLS / command[0], *command[1:], cubin], capture_output=True, text=True, check=True).stdout
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+SMALL = {dtype: fisher_build(dtype, 384, 1536) for dtype in ("fp32", "bf16")}
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("dtype", "shape"), BUILDS)
-def test_nothing_is_spilled(dtype, shape, target):
-    kernel = compiled(dtype, shape, target)
-    if target == "gfx942":
-        assert re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", kernel.asm["amdgcn"]) == ["0", "0"]
-        return
-    assert re.findall(r"STACK:(\d+)", tool(kernel, "cuobjdump", "-res-usage")) == ["0"]
-    assert re.findall(r"\b(?:LDL|STL)\b", tool(kernel, "nvdisasm")) == []
-
-
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_sum_of_absolute_values_is_not_spilled_either(target):
-    kernel = compiled("bf16", (4096, 4096), target, absolute=True)
-    if target == "gfx942":
-        assert re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", kernel.asm["amdgcn"]) == ["0", "0"]
-    else:
-        assert re.findall(r"STACK:(\d+)", tool(kernel, "cuobjdump", "-res-usage")) == ["0"]
+@pytest.mark.parametrize("one", FISHER, ids=lambda one: one.name)
+def test_nothing_is_spilled(one, target):
+    assert resources(one, target).spills == 0
 
 
 @pytest.mark.parametrize(("target", "instruction"), {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}.items())
 @pytest.mark.parametrize("shape", [(384, 1536), (4096, 4096)])
 def test_16_bit_products_run_on_tensor_cores(shape, target, instruction):
-    assert instruction in tool(compiled("bf16", shape, target), "nvdisasm")
+    assert instruction in assembly(fisher_build("bf16", *shape), target)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", NVIDIA)
 def test_fp32_products_are_fused_and_not_of_fewer_bits(target):
     """No tensor core, so no TF32; and more fused multiplications than plain ones."""
-    sass = tool(compiled("fp32", (384, 1536), target), "nvdisasm")
+    sass = assembly(SMALL["fp32"], target)
     assert re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", sass) == []
     assert len(re.findall(r"\bFFMA2?\b", sass)) > 10 * len(re.findall(r"\bFMUL2?\b", sass))
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("dtype", SMALL)
 def test_rows_of_whole_vectors_are_read_16_bytes_at_a_time(dtype, target):
-    """Into registers (LDG) or into shared memory (LDGSTS)."""
-    sass = tool(compiled(dtype, (384, 1536), target), "nvdisasm")
-    reads = re.findall(r"\b(?:LDG|LDGSTS)\.E\S*", sass)
-    assert reads
-    assert all(".128" in read for read in reads)
+    assert set(accesses(SMALL[dtype], target).loads) == {16}
 
 
-def test_shared_memory_is_within_that_of_each_processor():
-    """A100 163 KiB, H100 and B200 227 KiB, MI300 64 KiB."""
-    limits = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
-    for (dtype, shape), target in ((build, target) for build in BUILDS for target in TARGETS):
-        assert compiled(dtype, shape, target).metadata.shared <= limits[target] << 10
+@pytest.mark.parametrize("target", TARGETS)
+def test_shared_memory_is_within_that_of_each_processor(target):
+    for one in FISHER:
+        assert resources(one, target).shared <= TARGET_LIMITS[target].block_shared << 10

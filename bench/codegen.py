@@ -1,0 +1,220 @@
+"""Print what compilers make of every kernel for five GPUs, and the least time that a step takes by its bytes.
+
+    python -m bench.codegen [--workers 2]
+
+No GPU is needed: kernels are compiled ahead of time, and read by NVIDIA's disassembler, which the Triton wheel brings,
+or as the text that LLVM writes for AMD. About ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from .kernel_builds import PRECISIONS, Build, configurations, steps, unique
+from .machine_code import TARGETS, accesses, bytes_per_parameter, in_flight, occupancy, resources
+
+# What the command has printed, committed.
+RESULTS = Path(__file__).parent / "results" / "codegen.txt"
+METHODS = ("AdamW", "AdamW, clipped", "SAM", "FSAM", "GSAM", "momentum-SAM")
+MAIN_PRECISIONS = ("fp32", "bf16", "bf16 + master")
+# ../shared/DESIGN.md, "Numbers to hold": norm, perturb, restore + update.
+DESIGN = {"fp32": (4, 16, 28), "bf16": (2, 8, 14), "bf16 + master": (2, 8, 28)}
+SIZES = {"110 M": 110e6, "1 B": 1e9, "7 B": 7e9}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU: its architecture, bytes a second of its memory, and number of processors, by its data sheet."""
+
+    target: str
+    bandwidth: float
+    processors: int
+
+    def hidden_latency(self, in_flight: int) -> float:
+        """Seconds that a memory access may take while the whole bandwidth is used (Little's law).
+
+        Args:
+            in_flight: bytes that one processor has asked for.
+        """
+        return in_flight * self.processors / self.bandwidth
+
+
+DEVICES = {
+    "A100 80GB": Device("sm_80", 2.039e12, 108),
+    "H100 SXM": Device("sm_90", 3.35e12, 132),
+    "H200": Device("sm_90", 4.8e12, 132),
+    "B200": Device("sm_100", 8.0e12, 148),
+    "MI300X": Device("gfx942", 5.3e12, 304),
+}
+# Of those with the same architecture the one that is hardest to feed.
+FASTEST = {device.target: device for device in sorted(DEVICES.values(), key=lambda device: device.bandwidth)}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Everything that is printed about a build for a target."""
+
+    loads: Counter
+    stores: Counter
+    bytes_per_parameter: float
+    registers: int
+    spills: int
+    shared: int
+    occupancy: float
+    in_flight: int
+
+
+def figures(one: Build, target: str) -> Figures:
+    """Compile a build for a target, if that is not done, and read off its figures."""
+    found, used = accesses(one, target), resources(one, target)
+    over_parameters = "n" in one.kernel.arg_names or "compact_ptr" in one.kernel.arg_names
+    return Figures(
+        found.loads,
+        found.stores,
+        bytes_per_parameter(one, target) if over_parameters else float("nan"),
+        used.registers,
+        used.spills,
+        used.shared,
+        occupancy(one, target),
+        in_flight(one, target),
+    )
+
+
+def _figures_by_number(number: int) -> list[Figures]:
+    # Kernels cannot be sent to another process, but each process makes the same list.
+    one = list(configurations())[number]
+    return [figures(one, target) for target in TARGETS]
+
+
+def all_figures(workers: int) -> dict[tuple[Build, str], Figures]:
+    """Figures of every configuration for every target."""
+    builds = list(configurations())
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as executor:
+        rows = executor.map(_figures_by_number, range(len(builds)))
+        return {
+            (one, target): found
+            for one, row in zip(builds, rows, strict=True)
+            for target, found in zip(TARGETS, row, strict=True)
+        }
+
+
+Source = Callable[[Build, str], Figures]
+
+
+def main_steps() -> dict[tuple[str, str], list[Build]]:
+    """What one step launches, by method and precision."""
+    return {(method, name): steps(*PRECISIONS[name])[method] for method in METHODS for name in MAIN_PRECISIONS}
+
+
+def step_bytes(source: Source, target: str = "sm_90") -> dict[tuple[str, str], float]:
+    """Bytes of each parameter that the kernels of a step move, by method and precision."""
+    return {key: sum(source(one, target).bytes_per_parameter for one in builds) for key, builds in main_steps().items()}
+
+
+def bytes_table(source: Source) -> str:
+    columns = ("grad_norm", "perturb", "surrogate_gap", "adamw_l2sp")
+    header = ("norm", "perturb", "dot products", "update", "sum", "DESIGN")
+    lines = ["1. Bytes of each parameter that a step moves, from the machine code for sm_90"]
+    lines.append(f"{'':15}{'weights':15}" + "".join(f"{name:>14}" for name in header))
+    for (method, precision), builds in main_steps().items():
+        moved = {one.name.split("-")[0]: source(one, "sm_90").bytes_per_parameter for one in builds}
+        cells = [f"{moved[name]:g}" if name in moved else "" for name in columns]
+        design = f"{sum(DESIGN[precision])}" if method == "SAM" else ""
+        cells += [f"{sum(moved.values()):g}", design]
+        lines.append((f"{method:15}{precision:15}" + "".join(f"{cell:>14}" for cell in cells)).rstrip())
+    return "\n".join(lines)
+
+
+def time_table(source: Source) -> str:
+    lines = ["2. Milliseconds of a step's kernels at the data sheet's bandwidth: none can take less"]
+    lines.append(f"{'':30}" + "".join(f"{name:>12}" for name in DEVICES))
+    lines.append(f"{'TB/s':30}" + "".join(f"{device.bandwidth / 1e12:12.3g}" for device in DEVICES.values()))
+    moved = {device.target: step_bytes(source, device.target) for device in DEVICES.values()}
+    for size, n in SIZES.items():
+        lines.append(f"{size} parameters")
+        for method, precision in main_steps():
+            times = (moved[d.target][method, precision] * n / d.bandwidth * 1e3 for d in DEVICES.values())
+            lines.append(f"  {method:15}{precision:13}" + "".join(f"{time:12.3g}" for time in times))
+    return "\n".join(lines)
+
+
+HEADER = f"{'loads':>15}{'stores':>15}{'bytes':>9}{'regs':>6}{'spills':>8}{'shared':>8}{'occup.':>8}{'KiB':>6}{'ns':>7}"
+
+
+def row(target: str, found: Figures) -> str:
+    device = FASTEST.get(target)
+    covered = f"{device.hidden_latency(found.in_flight) * 1e9:.0f}" if device else ""
+    moved = "" if found.bytes_per_parameter != found.bytes_per_parameter else f"{found.bytes_per_parameter:g}"
+    accessed = f"{target:9}{widths(found.loads):>15}{widths(found.stores):>15}{moved:>9}"
+    used = f"{found.registers:6}{found.spills:8}{found.shared:8}{found.occupancy:8.0%}"
+    return f"{accessed}{used}{found.in_flight / 1024:6.0f}{covered:>7}".rstrip()
+
+
+def widths(found: Mapping[int, int]) -> str:
+    """Instructions by their bytes: "3x16 1x8"."""
+    return " ".join(f"{count}x{width}" for width, count in sorted(found.items(), reverse=True))
+
+
+def main_table(source: Source) -> str:
+    lines = ["3. The kernels of these steps"]
+    lines.append(f"{'':9}{HEADER}")
+    for one in unique(one for builds in main_steps().values() for one in builds):
+        lines.append(one.name)
+        lines += [row(target, source(one, target)) for target in TARGETS]
+    return "\n".join(lines)
+
+
+def summary_table(source: Source) -> str:
+    """The worst figure over all configurations of a kernel, for each target."""
+    lines = ["4. All configurations: the most of each figure, the least occupancy"]
+    lines.append(f"{'':32}{'target':10}{'registers':>11}{'spills':>8}{'shared':>8}{'occupancy':>11}")
+    kernels: dict[str, list[Build]] = {}
+    for one in configurations():
+        kernels.setdefault(one.kernel.__name__, []).append(one)
+    for name, builds in kernels.items():
+        for i, target in enumerate(TARGETS):
+            found = [source(one, target) for one in builds]
+            most = [max(getattr(f, figure) for f in found) for figure in ("registers", "spills", "shared")]
+            label = f"{name}, {len(builds)}" if i == 0 else ""
+            lines.append(
+                f"{label:32}{target:10}{most[0]:11}{most[1]:8}{most[2]:8}{min(f.occupancy for f in found):11.0%}"
+            )
+    return "\n".join(lines)
+
+
+def full_table(source: Source) -> str:
+    lines = ["5. Every configuration, and what launches it"]
+    lines.append(f"{'':9}{HEADER}")
+    for one, launchers in configurations().items():
+        lines.append(f"{one.name} ({'; '.join(launchers)})")
+        lines += [row(target, source(one, target)) for target in TARGETS]
+    return "\n".join(lines)
+
+
+def title() -> str:
+    return f"python -m bench.codegen, Triton {triton.__version__}, torch {torch.__version__.split('+')[0]}"
+
+
+def report(source: Source) -> str:
+    tables = (bytes_table, time_table, main_table, summary_table, full_table)
+    return "\n\n".join([title(), *(table(source) for table in tables)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile (default: 2)")
+    found = all_figures(parser.parse_args().workers)
+    print(report(lambda one, target: found[one, target]))
+
+
+if __name__ == "__main__":
+    main()

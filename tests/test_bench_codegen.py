@@ -1,0 +1,216 @@
+"""bench/codegen.py: it compiles what the optimizers launch, and its predictions follow from the hardware's limits."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fsam_triton import FSAM, AdamWL2SP, FisherMask, MomentumSAM, Schedule, ops
+from fsam_triton.kernels import adamw_l2sp, grad_norm, perturb, surrogate_gap, topk_mask
+from tests.test_fidelity import load_bench
+
+load_bench()
+
+from bench import codegen  # noqa: E402
+from bench.kernel_builds import PRECISIONS, Build, configurations, steps  # noqa: E402
+from bench.machine_code import Resources, resident_warps  # noqa: E402
+
+PAGE = Path(__file__).parent.parent / "docs" / "machine_code.md"
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+DTYPES |= {torch.int32: "i32", torch.int64: "i64"}
+
+
+class Recorder:
+    """Stands in for a kernel: notes what it is launched with, and computes nothing."""
+
+    def __init__(self, kernel, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, num_warps, enable_fp_fusion=True, **flags):
+            given = dict(zip(self.kernel.arg_names, args, strict=False))
+            tensors = {name: t for name, t in given.items() if isinstance(t, torch.Tensor)}
+            # Norms that are not NaN, and enough of every digit for the search of a threshold to go on.
+            for name in {"partial_ptr", "hist_ptr"} & set(tensors):
+                tensors[name].fill_(tensors[next(iter(tensors))].numel())
+            pointers = {name: DTYPES[t.dtype] for name, t in tensors.items()}
+            is_aligned = given["n"] % 16 == 0
+            self.launches.append((self.kernel.__name__, pointers, flags, is_aligned, num_warps, enable_fp_fusion))
+
+        return launch
+
+
+def described(one: Build) -> tuple:
+    """A build as a Recorder notes it."""
+    fusion = dict(one.options).get("enable_fp_fusion", True)
+    is_aligned = dict(one.integers).get("n")
+    return one.kernel.__name__, dict(one.pointers), dict(one.flags), is_aligned, one.warps(32), fusion
+
+
+# Before a Recorder stands in for a kernel.
+STEPS = {
+    (method, precision): [described(one) for one in builds]
+    for precision, arguments in PRECISIONS.items()
+    for method, builds in steps(*arguments).items()
+}
+CONFIGURATIONS = configurations()
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list:
+    """What the launchers of passes over flat buffers would launch on a GPU with warps of 32."""
+    found = []
+    for module in (adamw_l2sp, grad_norm, perturb, surrogate_gap, topk_mask):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
+    monkeypatch.setattr(ops, "interpreting", lambda: True)
+    return found
+
+
+# An optimizer for each of the methods, and the shape of its one parameter, which matters where it is not flattened.
+WHOLE, MULTIPLE_OF_16, ODD = (64, 320), (16, 20), (7, 3)
+OPTIMIZERS: dict[str, tuple[Callable, dict, tuple[int, int]]] = {
+    "AdamW": (AdamWL2SP, {}, WHOLE),
+    "AdamW, clipped": (AdamWL2SP, {"max_grad_norm": 1.0}, WHOLE),
+    "AdamW, amsgrad": (AdamWL2SP, {"amsgrad": True}, WHOLE),
+    "AdamW, L2-SP": (AdamWL2SP, {"l2_sp": 0.01}, WHOLE),
+    "SAM": (FSAM, {}, WHOLE),
+    "SAM, L2-SP": (FSAM, {"l2_sp": 0.01}, WHOLE),
+    "SAM, ema": (FSAM, {"ema_decay": 0.9}, WHOLE),
+    "SAM, static_grads": (FSAM, {"static_grads": True}, WHOLE),
+    "SAM, to nearest": (FSAM, {"stochastic_rounding": False}, WHOLE),
+    "SAM, in place": (FSAM, {"flatten": False}, MULTIPLE_OF_16),
+    "SAM, in place, sparse or sharded": (FSAM, {"flatten": False}, ODD),
+    "ASAM": (FSAM, {"adaptive": True}, WHOLE),
+    "FSAM": (FSAM, {"mask": FisherMask(0.5)}, WHOLE),
+    "FSAM, masked norm": (FSAM, {"mask": FisherMask(0.5), "mask_norm": "masked"}, WHOLE),
+    "ESAM": (FSAM, {"beta": 0.5}, WHOLE),
+    "GSAM": (FSAM, {"alpha": 0.5}, WHOLE),
+    "LookSAM": (FSAM, {"schedule": Schedule(every=2, reuse=0.5)}, WHOLE),
+    "momentum-SAM": (MomentumSAM, {}, WHOLE),
+    "momentum-SAM, ema": (MomentumSAM, {"ema_decay": 0.9}, WHOLE),
+}
+
+
+def train(method: str, precision: str, steps: int, launches: list) -> list:
+    """What the last of some steps launches."""
+    cls, arguments, shape = OPTIMIZERS[method]
+    weight, master = PRECISIONS[precision]
+    dtype = next(dtype for dtype, name in DTYPES.items() if name == weight)
+    p = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
+    optimizer = cls([("layer.weight", p)], master_weights=master, **arguments)
+
+    def closure():
+        p.grad = torch.ones_like(p)
+        return torch.zeros(())
+
+    for _ in range(steps):
+        launches.clear()
+        optimizer.step(closure)
+    return launches
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("method", OPTIMIZERS)
+def test_builds_of_a_method_are_what_its_optimizer_launches(method, precision, launches):
+    found = train(method, precision, 1, launches)
+    choices = [launch for launch in found if "values_ptr" in launch[1]]
+    assert [launch for launch in found if launch not in choices] == STEPS[method, precision]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_builds_of_a_step_that_reuses_a_gradient_are_what_is_launched(precision, launches):
+    assert train("LookSAM", precision, 2, launches) == STEPS["LookSAM, reused", precision]
+
+
+def test_every_method_of_the_report_has_an_optimizer():
+    assert {method for method, _ in STEPS} == {*OPTIMIZERS, "LookSAM, reused"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_choice_of_a_mask_is_among_the_configurations(precision, launches):
+    """But for the digits between the first and the last one, which are those with other shifts."""
+    found = [launch for launch in train("FSAM", precision, 1, launches) if "values_ptr" in launch[1]]
+    built = [described(one) for one in CONFIGURATIONS if "values_ptr" in dict(one.pointers)]
+
+    def shifted(launch: tuple) -> tuple:
+        kernel, pointers, flags, *rest = launch
+        return kernel, pointers, {name: value for name, value in flags.items() if name != "SHIFT"}, *rest
+
+    assert len(found) > 3
+    assert all(shifted(launch) in map(shifted, built) for launch in found)
+
+
+def test_names_of_builds_are_their_own():
+    names = [one.name for one in CONFIGURATIONS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("target", "block_warps", "used", "warps"),
+    [
+        # 65536 registers hold 6 blocks of 256 threads with 40, and 5 with 48.
+        ("sm_90", 8, Resources(40, 0, 0), 48),
+        ("sm_90", 8, Resources(41, 0, 0), 40),
+        ("sm_90", 8, Resources(48, 0, 0), 40),
+        ("sm_90", 8, Resources(32, 0, 0), 64),
+        ("sm_80", 8, Resources(255, 0, 0), 8),
+        # 32 blocks of one warp; 228 KiB of shared memory are 3 blocks of 64 + 1.
+        ("sm_90", 1, Resources(16, 0, 0), 32),
+        ("sm_90", 4, Resources(16, 0, 64 << 10), 12),
+        # 512 and 1536 registers of a lane in each SIMD, in granules of 8 and 24; four SIMDs, and two.
+        ("gfx942", 4, Resources(64, 0, 0), 32),
+        ("gfx942", 4, Resources(65, 0, 0), 28),
+        ("gfx1100", 8, Resources(96, 0, 0), 32),
+        ("gfx1100", 8, Resources(97, 0, 0), 24),
+    ],
+)
+def test_occupancy_follows_from_registers_blocks_and_shared_memory(target, block_warps, used, warps):
+    assert resident_warps(used, block_warps, target) == warps
+
+
+def test_latency_that_loads_in_flight_hide():
+    """Little's law: 25 KB on each of 132 processors are in flight for a microsecond at 3.3 TB/s."""
+    assert codegen.Device("sm_90", 3.3e12, 132).hidden_latency(25_000) == pytest.approx(1e-6)
+
+
+def test_time_is_bytes_over_bandwidth():
+    def source(one, target):
+        return codegen.Figures({}, {}, 10.0, 32, 0, 0, 1.0, 0)
+
+    rows = codegen.time_table(source).splitlines()
+    # Three kernels of 10 bytes for 1e9 parameters at 3.35 TB/s.
+    sam = next(row for row in rows[rows.index("1 B parameters") :] if re.match(r" *SAM +fp32", row))
+    assert float(sam.split()[3]) == pytest.approx(30 / 3.35, rel=0.005)
+    assert float(sam.split()[6]) == pytest.approx(30 / 5.3, rel=0.005)
+
+
+def tables() -> dict[str, str]:
+    """Of the committed report, by their numbers."""
+    return {table[0]: table for table in codegen.RESULTS.read_text(encoding="utf-8").strip().split("\n\n")[1:]}
+
+
+def quoted() -> list[str]:
+    blocks = re.findall(r"^```\n(\d\. .*?)\n```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    return [pytest.param(block, id=block[0]) for block in blocks]
+
+
+@pytest.mark.parametrize("block", quoted())
+def test_page_quotes_the_committed_report(block):
+    assert block == tables()[block[0]]
+
+
+def test_page_quotes_all_tables_but_the_list_of_all_configurations():
+    assert [block.id for block in quoted()] == ["1", "2", "3", "4"]
+    assert list(tables()) == ["1", "2", "3", "4", "5"]
+
+
+def test_committed_report_has_every_configuration():
+    listed = re.findall(r"^([\w-]+) \((.*)\)$", tables()["5"], re.M)
+    assert dict(listed) == {one.name: "; ".join(launchers) for one, launchers in CONFIGURATIONS.items()}
+
+
+def test_committed_report_names_no_path():
+    assert re.search(r"(^|[\s:\"'])/", codegen.RESULTS.read_text(encoding="utf-8"), re.M) is None
