@@ -24,12 +24,17 @@ from fsam_triton import (
     SparseMerger,
     WorkerError,
     estimate_fisher,
+    from_pretrained,
+    html_report,
+    probe,
     save_pretrained,
 )
+from fsam_triton.analysis import mask_density
 from fsam_triton.files import written_whole
 from fsam_triton.options import MEANINGS, SAM_TYPES, Arguments, build_mixup, build_optimizer, naming_options
 from fsam_triton.report import PeakMemory, Run, format_table, plot_curves
 from fsam_triton.texts import (
+    SUBSET_SEED,
     InputError,
     hold_out,
     label_ids,
@@ -157,12 +162,18 @@ def choose_mask(arguments, path, names, tokenizer, train):
         return FishMask.from_scores(scores, arguments.keep_ratio, sorted(novel))
 
 
+def draw_batches(tokenizer, features, count, size, seed):
+    """Yield batches of ``size`` of ``count`` encoded texts drawn at random, or of all if there are fewer."""
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    collator = transformers.DataCollatorWithPadding(tokenizer)
+    for i in range(0, len(order), size):
+        yield dict(collator([features[j] for j in order[i : i + size]]))
+
+
 def fisher_information(arguments, model, tokenizer, train):
     """Estimate it from ``--num_fisher_samples`` of the encoded texts, drawn at random, or from all if these are few."""
     count, size = min(arguments.num_fisher_samples, len(train)), arguments.per_device_train_batch_size
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(arguments.seed))[:count].tolist()
-    collator = transformers.DataCollatorWithPadding(tokenizer)
-    batches = (dict(collator([train[j] for j in order[i : i + size]])) for i in range(0, count, size))
+    batches = draw_batches(tokenizer, train, count, size, arguments.seed)
     with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
         return estimate_fisher(model, batches, count)
 
@@ -296,6 +307,8 @@ class Trainer:
                 if self.rank == 0:
                     self.evaluate(validation)
         self.run.peak_memory_bytes = peak.bytes
+        if isinstance(self.optimizer, FSAM) and self.optimizer.mask:
+            self.run.mask_density = mask_density(self.optimizer, self.model)
 
 
 def save(model, tokenizer, folder):
@@ -314,8 +327,12 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
-def finetune(arguments):
+def finetune(arguments, argv=()):
     """Do what the command line asks for; return the list of runs.
+
+    Args:
+        arguments: its options.
+        argv: the words that gave them, for the HTML report.
 
     Raises:
         InputError: something the user gave cannot be used; nothing has been trained then.
@@ -335,7 +352,10 @@ def finetune(arguments):
     empty = load_empty_model(path, names)
     arguments.check_mask(empty)
     arguments.check_mixup(empty)
-    output = make_output_dir(arguments.output_dir)
+    output = make_folder("output_dir", arguments.output_dir)
+    if arguments.report:
+        html_report.check_installed()
+        make_folder("report", arguments.report)
     rank, workers = join_workers(arguments)
     steps = arguments.total_steps(len(train), workers)
 
@@ -348,7 +368,7 @@ def finetune(arguments):
         trainer.train(train, validation)
         if rank > 0:
             continue
-        folder = output / sam_type if len(arguments.sam_type) > 1 else output
+        folder = run_folder(arguments, sam_type)
         with trainer.final_weights():
             if arguments.save_delta:
                 save_pretrained(trainer.model, mask, folder)
@@ -364,17 +384,45 @@ def finetune(arguments):
         gc.collect()
     if rank == 0:
         report(arguments, runs, mask, output)
+        if arguments.report:
+            sharpness = measure_sharpness(arguments, path, names, tokenizer, train)
+            written = html_report.write_report(arguments, argv, description, names, runs, mask, sharpness)
+            print(f"report: {written}")
     return runs
 
 
-def make_output_dir(path):
-    """Return ``path`` as a folder that exists and can be written to."""
+def run_folder(arguments, sam_type):
+    """Return the folder that a run's model is saved to."""
+    output = Path(arguments.output_dir)
+    return output / sam_type if len(arguments.sam_type) > 1 else output
+
+
+def measure_sharpness(arguments, path, names, tokenizer, train):
+    """Return the `Sharpness` of the model that every run started from, and of those that the runs have saved."""
+    start = time.perf_counter()
+    batches = list(draw_batches(tokenizer, train, probe.TEXTS, probe.BATCH, SUBSET_SEED))
+    transformers.set_seed(arguments.seed)
+    model, _ = load_model(path, names)
+    found = [probe.measure("before training", model.to(arguments.device), batches, has_landscape=False)]
+    for sam_type in arguments.sam_type:
+        folder = run_folder(arguments, sam_type)
+        if arguments.save_delta:
+            model = from_pretrained(None, folder)
+        else:
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+        found.append(probe.measure(SAM_TYPES[sam_type], model.to(arguments.device), batches, has_landscape=True))
+    print(f"sharpness and landscapes: {time.perf_counter() - start:.0f} s")
+    return found
+
+
+def make_folder(option, path):
+    """Return ``path``, the value of an option, as a folder that exists and can be written to."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise InputError(f"--output_dir {path}: {error.strerror}") from error
+        raise InputError(f"--{option} {path}: {error.strerror}") from error
     return folder
 
 
@@ -427,7 +475,7 @@ def main(argv=None):
             raise InputError(f"unknown options: {' '.join(unknown)}; --help lists them")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        finetune(arguments)
+        finetune(arguments, sys.argv[1:] if argv is None else argv)
     except (InputError, WorkerError) as error:
         print(f"fsam-finetune: error: {error}", file=sys.stderr)
         return 2

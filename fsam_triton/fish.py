@@ -12,7 +12,7 @@ from torch.nn import Module, Parameter
 
 from .buffers import Bucket
 from .errors import check
-from .files import read_file, write_file, written_whole
+from .files import read_file, write_file
 from .kernels.reference import unpack_mask
 from .selection import select_top_k
 
@@ -295,22 +295,10 @@ class FishMask:
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the density of each parameter into an image; its type follows the path's suffix. Needs matplotlib."""
-        from matplotlib.figure import Figure
+        """Draw the density of each parameter into an image, as `fsam_triton.analysis.plot_mask_density`."""
+        from .analysis import plot_mask_density
 
-        density = self.density_by_tensor()
-        figure = Figure(figsize=(10, 1.5 + 0.2 * len(density)), layout="constrained")
-        axes = figure.subplots()
-        axes.barh(list(density), list(density.values()))
-        axes.axvline(self.density, color="black", linestyle="--", label=f"all: {self.density:.3%}")
-        # Linear below the density of a single weight, so that a logarithmic axis can show zero.
-        least = min([value for value in density.values() if value] + [1.0])
-        axes.set_xscale("symlog", linthresh=least)
-        axes.set(xlabel="density", xlim=(0, 1.05), ylim=(len(density) - 0.4, -0.6))
-        axes.grid(axis="x", alpha=0.3)
-        axes.legend()
-        with written_whole(path) as temporary:
-            figure.savefig(temporary, dpi=120)
+        plot_mask_density(self.density_by_tensor(), path, title=f"{self.density:.3%} of the weights")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all: 1.4 bytes for each selected weight at a density of 0.5 %."""

@@ -127,6 +127,7 @@ class Arguments:
     max_train_samples: int | None = option(None, "train on this many texts, drawn at random (always the same)")
     max_eval_samples: int | None = option(None, "validate on this many texts, drawn at random (always the same)")
     output_dir: str = option("fsam-finetune-output", "folder for models, figures and the plot")
+    report: str | None = option(None, "folder for report.html: curves, sharpness, loss landscapes and this command")
 
     sam_type: list[str] | None = dataclasses.field(
         default=None,

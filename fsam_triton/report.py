@@ -18,7 +18,8 @@ class Run:
         losses: training loss of each step, before the step.
         step_seconds: wall-clock seconds of each step.
         evaluations: (step, accuracy, loss) on the validation texts, in the order they were made.
-        peak_memory_bytes: highest memory use seen while it ran; see :class:`PeakMemory`.
+        peak_memory_bytes: highest memory use seen while it ran; see `PeakMemory`.
+        mask_density: share of each parameter's weights that the last Fisher mask perturbs; empty without such a mask.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Run:
     step_seconds: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, float, float]] = field(default_factory=list)
     peak_memory_bytes: int = 0
+    mask_density: dict[str, float] = field(default_factory=dict)
 
     def summary(self):
         """Return the figures of the table as a dict; the time is the median, which leaves out compiling."""
@@ -81,8 +83,8 @@ class PeakMemory:
                 return
 
 
-def format_table(runs, memory_meaning):
-    """Return the figures of ``runs`` as lines of text, one a run, under a heading."""
+def table_rows(runs):
+    """Return the figures of ``runs`` as rows of strings: the headings, then one row a run."""
     rows = [("optimizer", "accuracy", "loss", "s/step", "peak MiB")]
     for run in runs:
         figures = run.summary()
@@ -95,9 +97,43 @@ def format_table(runs, memory_meaning):
                 f"{figures['peak_memory_bytes'] / 2**20:,.0f}",
             )
         )
-    lines = [f"{name:<12}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in rows]
-    notes = f"accuracy and loss on the validation texts; s/step: median; peak MiB: {memory_meaning}"
-    return "\n".join([*lines, notes])
+    return rows
+
+
+def table_note(memory_meaning):
+    """Return what the figures of the table are, in words."""
+    return f"accuracy and loss on the validation texts; s/step: median; peak MiB: {memory_meaning}"
+
+
+def format_table(runs, memory_meaning):
+    """Return the figures of ``runs`` as lines of text, one a run, under a heading."""
+    lines = [f"{name:<12}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in table_rows(runs)]
+    return "\n".join([*lines, table_note(memory_meaning)])
+
+
+def draw_losses(runs, axes):
+    """Draw the training loss of each run's steps."""
+    for run in runs:
+        axes.plot(range(1, len(run.losses) + 1), run.losses, label=run.name)
+    losses = [loss for run in runs for loss in run.losses]
+    # Within one decade the labels of a logarithmic scale are hard to read.
+    axes.set(xlabel="step", ylabel="training loss", yscale="log" if max(losses) > 10 * min(losses) else "linear")
+    _finish(axes)
+
+
+def draw_accuracies(runs, axes):
+    """Draw the validation accuracy of each run after the steps at which it was evaluated."""
+    for run in runs:
+        steps, accuracies, _ = zip(*run.evaluations, strict=True)
+        axes.plot(steps, accuracies, marker="o", label=run.name)
+    axes.set(xlabel="step", ylabel="validation accuracy")
+    _finish(axes)
+
+
+def _finish(axes):
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
 
 
 def plot_curves(runs, path):
@@ -106,14 +142,7 @@ def plot_curves(runs, path):
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
-    for run in runs:
-        loss_axes.plot(range(1, len(run.losses) + 1), run.losses, label=run.name)
-        steps, accuracies, _ = zip(*run.evaluations, strict=True)
-        accuracy_axes.plot(steps, accuracies, marker="o", label=run.name)
-    loss_axes.set(xlabel="step", ylabel="training loss", yscale="log")
-    accuracy_axes.set(xlabel="step", ylabel="validation accuracy")
-    for axes in (loss_axes, accuracy_axes):
-        axes.grid(alpha=0.3)
-        axes.legend()
+    draw_losses(runs, loss_axes)
+    draw_accuracies(runs, accuracy_axes)
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -15,6 +15,10 @@ from fsam_triton.options import Arguments
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = (
     "adamw_l2sp",
+    "analysis.density",
+    "analysis.hessian",
+    "analysis.landscape",
+    "analysis.sharpness",
     "delta",
     "distributed",
     "fish",

@@ -38,6 +38,8 @@ def in_metadata(wheel: zipfile.ZipFile, name: str) -> str:
 def test_wheel_has_every_module_of_every_package(wheel):
     folders = {
         "fsam_triton": ROOT / "fsam_triton",
+        "fsam_triton/analysis": ROOT / "fsam_triton" / "analysis",
+        "fsam_triton/fisher": ROOT / "fsam_triton" / "fisher",
         "fsam_triton/integrations": ROOT / "fsam_triton" / "integrations",
         "fsam_triton/kernels": ROOT / "kernels",
     }
@@ -53,6 +55,10 @@ def test_wheel_has_one_top_level_package(wheel):
 
 def test_wheel_says_that_it_is_typed(wheel):
     assert "fsam_triton/py.typed" in wheel.namelist()
+
+
+def test_wheel_has_the_template_of_the_report(wheel):
+    assert "fsam_triton/templates/report.html" in wheel.namelist()
 
 
 def test_wheel_has_the_license(wheel):

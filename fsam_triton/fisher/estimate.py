@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check
+from ..evaluation import evaluating, trainable_parameters
 from ..kernels.reference import compute_dtype
 from .hooked import HookedPasses
 from .objective import Batch, Objective
@@ -80,20 +80,13 @@ def estimate_fisher(
     check(statistic in ("square", "abs"), "statistic", statistic, "'square' or 'abs' is expected")
     check(loss_fn is None or callable(loss_fn), "loss_fn", loss_fn, "a function of logits and labels is expected")
     check(loss_fn is None or kind == "label", "loss_fn", loss_fn, "kind='expect' takes the model's own probabilities")
-    replicas = isinstance(model, nn.parallel.DistributedDataParallel)
-    check(not replicas, "model", type(model).__name__, "its .module is expected: each process has samples of its own")
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    check(len(params) > 0, "model", type(model).__name__, "it has no parameter that requires a gradient")
-    for name, p in params.items():
-        local = not hasattr(p, "device_mesh") and not nn.parameter.is_lazy(p)
-        check(local, f"model: parameter {name}", type(p).__name__, "parameters must be whole tensors")
-
+    params = trainable_parameters(model)
     objective = Objective(kind, statistic == "abs", loss_fn)
     fisher = {name: torch.zeros(p.shape, dtype=compute_dtype(p.dtype), device=p.device) for name, p in params.items()}
     device = next(iter(params.values())).device
     hooked, slow = HookedPasses(params, fisher, objective), SlowPasses(model, params, fisher, objective)
     done = 0
-    with _evaluating(model), torch.enable_grad(), _progress_bar(num_samples, progress) as advance:
+    with evaluating(model), torch.enable_grad(), _progress_bar(num_samples, progress) as advance:
         for raw in dataloader:
             batch = Batch.of(raw, device, labelled=kind == "label")[: num_samples - done]
             if batch.size == 0:
@@ -108,22 +101,6 @@ def estimate_fisher(
     if done < num_samples:
         warnings.warn(f"estimate_fisher: {done} samples instead of {num_samples}: the loader ended", stacklevel=2)
     return {name: total.div_(done) for name, total in fisher.items()}
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and uncompiled: what torch.compile made of it would hide the uses of parameters."""
-    before = [(module, module.training) for module in model.modules()]
-    compiling = "torch._dynamo" in sys.modules
-    try:
-        model.eval()
-        with torch.compiler.set_stance("force_eager") if compiling else contextlib.nullcontext():
-            yield
-    finally:
-        # Through train(), which some modules do more in than set the flag, and then module by module.
-        model.train(before[0][1])
-        for module, training in before:
-            module.training = training
 
 
 @contextlib.contextmanager

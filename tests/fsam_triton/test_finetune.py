@@ -584,8 +584,8 @@ def test_all_types_of_the_fsam_code_train_the_packaged_model(reviews, tmp_path):
 
 
 def run_with_torchrun(options, *more):
-    """Run the command line in two processes, eagerly."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    """Run the command line in two processes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "fsam_triton.finetune", *options, *more]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -594,9 +594,11 @@ def run_with_torchrun(options, *more):
 def test_two_workers_merge_what_they_train_and_the_first_reports(options, tmp_path):
     mask = ["--trainable", "random", "--keep_ratio", "0.3", "--sam_type", "sam", "--rho", "0.01"]
     lengths = ["--max_steps", "-1", "--num_train_epochs", "10", "--per_device_train_batch_size", "8"]
-    done = run_with_torchrun(options, *mask, *lengths, "--local_steps", "3", "--save_delta")
+    page = ["--report", str(tmp_path)]
+    done = run_with_torchrun(options, *mask, *lengths, *page, "--local_steps", "3", "--save_delta")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("training and") == done.stdout.count("written to") == 1
+    assert done.stdout.count("training and") == done.stdout.count("written to") == done.stdout.count("report: ") == 1
+    assert (tmp_path / "report.html").exists()
     (run,) = results(tmp_path)["runs"]
     # 5 batches of 8: two for each worker in an epoch, one for nobody.
     assert len(run["losses"]) == 20

@@ -1,0 +1,12 @@
+"""How sharp a model's loss is: sharpness, Hessian eigenvalues, pictures of the loss, and what a mask perturbs."""
+
+from .density import mask_density as mask_density
+from .density import plot_mask_density as plot_mask_density
+from .hessian import hessian_eigenvalues as hessian_eigenvalues
+from .landscape import Landscape as Landscape
+from .landscape import loss_landscape as loss_landscape
+from .landscape import plot_landscape as plot_landscape
+from .landscape import plot_landscapes as plot_landscapes
+from .mean_loss import Loss as Loss
+from .sharpness import m_sharpness as m_sharpness
+from .sharpness import worst_case_sharpness as worst_case_sharpness

@@ -1,0 +1,90 @@
+"""Measures how sharp models are on a small sample of texts, at a cost that is known beforehand."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from . import analysis
+from .texts import SUBSET_SEED, one_line
+
+# Texts of the sample and of its batches; the radius in which sharpness is measured, and the steps to the worst case.
+TEXTS = 16
+BATCH = 8
+RHO = 0.05
+ASCENT_STEPS = 5
+# Of the sample's first batch: the eigenvalue's relative error, and how far the landscape reaches, in how many points.
+TOLERANCE = 0.05
+RADIUS = 0.5
+POINTS = 9
+
+
+@dataclass
+class Sharpness:
+    """What was measured of one model on the sample; NaN and None stand for what could not be.
+
+    Args:
+        name: which model.
+        loss: mean loss.
+        m_sharpness, worst_case, eigenvalue: see `fsam_triton.analysis`.
+        landscape: the loss around the weights.
+        problems: why something could not be measured.
+    """
+
+    name: str
+    loss: float = math.nan
+    m_sharpness: float = math.nan
+    worst_case: float = math.nan
+    eigenvalue: float = math.nan
+    landscape: analysis.Landscape | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+def measure(name, model, batches, has_landscape):
+    """Return the `Sharpness` of a transformers model; its embeddings require no gradient afterwards.
+
+    Args:
+        name: what to call it.
+        model: has a loss for the batches.
+        batches: the sample, as dicts of the model's inputs with ``labels``.
+        has_landscape: whether to measure the landscape too.
+    """
+    batches = [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
+    found = Sharpness(name)
+
+    def note(attribute, function, *arguments, **keywords):
+        try:
+            setattr(found, attribute, function(model, _loss, *arguments, **keywords))
+        except (FloatingPointError, RuntimeError) as error:
+            found.problems.append(f"{name}, {attribute.replace('_', ' ')}: {one_line(error)}")
+
+    note("loss", _mean_loss, batches)
+    note("m_sharpness", analysis.m_sharpness, batches, RHO)
+    note("worst_case", analysis.worst_case_sharpness, batches, RHO, ASCENT_STEPS)
+    if has_landscape:
+        note("landscape", analysis.loss_landscape, batches[:1], radius=RADIUS, points=POINTS, seed=SUBSET_SEED)
+    note("eigenvalue", _top_eigenvalue, batches[:1])
+    return found
+
+
+def _loss(model, batch):
+    return model(**batch).loss
+
+
+@torch.no_grad()
+def _mean_loss(model, loss, batches):
+    model.eval()
+    return sum(loss(model, b).item() * len(b["labels"]) for b in batches) / sum(len(b["labels"]) for b in batches)
+
+
+def _top_eigenvalue(model, loss, batches):
+    """Of all weights but the embeddings: these are many, and so few texts use hardly any."""
+    import psutil
+
+    model.get_input_embeddings().requires_grad_(False)
+    # Lanczos keeps 16 numbers of 8 bytes for each weight.
+    needed = 128 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    free = psutil.virtual_memory().available
+    if needed > free / 2:
+        raise RuntimeError(f"needs {needed / 2**30:.1f} GiB of memory; {free / 2**30:.1f} GiB are free")
+    return analysis.hessian_eigenvalues(model, loss, batches, 1, TOLERANCE)[0]
