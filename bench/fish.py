@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from bench.records import Record, record
 from fsam_triton import FishMask, save_delta
 from fsam_triton.finetune import (
     Arguments,
@@ -47,7 +46,6 @@ METHODS: dict[str, dict[str, Any]] = {
 LEARNING_RATES = {name: (1e-4, 2e-4, 5e-4) if name == DENSE else (5e-4, 2e-3, 5e-3, 1e-2) for name in METHODS}
 CHOICE_SEED = 0
 VALIDATION_PER_LABEL, TEST_PER_LABEL = 40, 100
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -115,28 +113,6 @@ def checkpoint_bytes(model: torch.nn.Module, mask: FishMask | None) -> int:
         else:
             save_delta(model, mask, file)
         return file.stat().st_size
-
-
-def recorded(path: Path) -> list[Record]:
-    """The records of a file, from which a last line is removed that was not written to its end."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def record(settings: Iterable[Setting], path: Path, run: Callable[[Setting], Record]) -> Iterator[Record]:
-    """Give the record of each setting: the one in the file, or that of a run, which is put there."""
-    done = recorded(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for setting in settings:
-        found = [one for one in done if asdict(setting).items() <= one.items()]
-        if not found:
-            found = [asdict(setting) | run(setting)]
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(found[0]) + "\n")
-        yield found[0]
 
 
 def best(choices: list[Record]) -> float:

@@ -1,33 +1,46 @@
-"""pytest-benchmark of a whole SAM step over BERT-base's parameters, ours and others.
+"""pytest-benchmark of whole optimizer steps over real models' parameters, ours and what people use instead.
 
-pytest bench/test_sam_step.py --benchmark-only --benchmark-group-by=param:dtype
+pytest bench/test_sam_step.py --benchmark-only [-k "MiniLM and fp32"]
 """
 
+import math
+
 import pytest
-import torch
 
-from .workloads import bert_base_shapes, sam_steps
+from .harness import Case
+from .traffic import BF16, PRECISIONS, STEPS
+from .workloads import IMPLEMENTATIONS, MODELS, is_installed, make_parameters
 
-# A quarter of the layers: enough to be far larger than the caches.
-SHAPES = bert_base_shapes()[:53]
-NAMES = (
-    "fsam_triton",
-    "fsam_triton, fp32 master weights",
-    "fsam_triton, round to nearest",
-    "eager SAM over fused AdamW",
-    "eager SAM over foreach AdamW",
-    "pytorch_optimizer SAM over fused AdamW",
-)
+CASES = [
+    pytest.param(model, precision, implementation, id=f"{model}-{precision.name}-{implementation.name}")
+    for model in MODELS
+    for precision in PRECISIONS
+    for implementation in IMPLEMENTATIONS
+    if precision in implementation.precisions and (model != "TinyLlama-1.1B" or precision == BF16)
+]
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16])
-def steps(request):
-    return sam_steps(request.param, SHAPES)
+@pytest.mark.parametrize(("model", "precision", "implementation"), CASES)
+def test_step(record, device, tiny, model, precision, implementation):
+    if not is_installed(implementation.package):
+        pytest.skip(f"{implementation.package} is not installed")
+    shapes = MODELS[model]()
+    if tiny:
+        shapes = [tuple(min(extent, 32) for extent in shape) for shape in shapes[:9]]
+    weights = sum(map(math.prod, shapes))
 
+    def build():
+        params = make_parameters(shapes, precision.dtype, device=device, period=1 << 20)
+        return implementation.build(params, precision)
 
-@pytest.mark.parametrize("implementation", NAMES)
-def test_sam_step(benchmark, steps, implementation):
-    if implementation not in steps:
-        pytest.skip(f"{implementation}: not installed, or fp32 weights need none")
-    benchmark.extra_info["weights"] = sum(torch.Size(shape).numel() for shape in SHAPES)
-    benchmark.pedantic(steps[implementation], rounds=5, warmup_rounds=2)
+    case = Case(
+        "steps",
+        implementation.algorithm,
+        implementation.name,
+        model,
+        precision,
+        weights,
+        STEPS[implementation.algorithm](precision),
+        len(shapes),
+    )
+    record(case, build, inputs=2 * weights * precision.bytes, room=implementation.room(weights, precision))

@@ -1,132 +1,195 @@
-"""What the benchmarks time: whole optimizer steps over BERT-base's parameters, ours and what people use instead."""
+"""What the benchmarks time: whole optimizer steps over real models' parameters, ours and what people use instead."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
-from fsam_triton import FSAM, AdamWL2SP, MomentumSAM
+from fsam_triton import FSAM, AdamWL2SP, FisherMask, MomentumSAM
+
+from .baselines import LR, RHO, CompiledSAM, EagerSAM, MasterAdamW
+from .traffic import BF16, FP32, PRECISIONS, Precision
+
+Shapes = list[tuple[int, ...]]
+Step = Callable[[], object]
 
 
-def bert_base_shapes() -> list[tuple[int, ...]]:
-    """Shapes of the 199 parameter tensors of bert-base-uncased, 109,482,240 weights."""
-    hidden, inner = 768, 3072
-    shapes: list[tuple[int, ...]] = [(30522, hidden), (512, hidden), (2, hidden), (hidden,), (hidden,)]
-    for _ in range(12):
+def bert_shapes(layers: int, hidden: int, vocab: int = 30522, positions: int = 512, types: int = 2) -> Shapes:
+    """Shapes of the parameters of a BERT with its pooler."""
+    inner = 4 * hidden
+    shapes: Shapes = [(vocab, hidden), (positions, hidden), (types, hidden), (hidden,), (hidden,)]
+    for _ in range(layers):
         shapes += [(hidden, hidden), (hidden,)] * 4 + [(hidden,)] * 2
         shapes += [(inner, hidden), (inner,), (hidden, inner), (hidden,)] + [(hidden,)] * 2
     return [*shapes, (hidden, hidden), (hidden,)]
 
 
-def make_parameters(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype, seed: int = 0) -> list[Parameter]:
-    """Parameters of a fine-tuned model's magnitude with a gradient each, the same for every seed."""
+def bert_base_shapes() -> Shapes:
+    """Shapes of the 199 parameter tensors of bert-base-uncased, 109,482,240 weights."""
+    return bert_shapes(12, 768)
+
+
+def tiny_llama_shapes() -> Shapes:
+    """Shapes of the 201 parameter tensors of TinyLlama-1.1B, 1,100,048,384 weights."""
+    vocab, hidden, inner, keys = 32000, 2048, 5632, 256
+    layer: Shapes = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]
+    layer += [(inner, hidden), (inner, hidden), (hidden, inner), (hidden,), (hidden,)]
+    return [(vocab, hidden), *layer * 22, (hidden,), (vocab, hidden)]
+
+
+MODELS: dict[str, Callable[[], Shapes]] = {
+    "MiniLM": lambda: bert_shapes(6, 384),
+    "BERT-base": bert_base_shapes,
+    "RoBERTa-large": lambda: bert_shapes(24, 1024, vocab=50265, positions=514, types=1),
+    "TinyLlama-1.1B": tiny_llama_shapes,
+}
+
+
+def make_parameters(
+    shapes: Iterable[tuple[int, ...]],
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: str = "cpu",
+    period: int | None = None,
+) -> list[Parameter]:
+    """Parameters of a fine-tuned model's magnitude with a gradient each, the same for the same seed.
+
+    Args:
+        shapes: their shapes.
+        dtype: their type.
+        seed: of the random numbers (default: 0).
+        device: where they are (default: "cpu").
+        period: let the numbers begin anew after so many, which takes a fraction of the time to make (default: None,
+            all are drawn).
+    """
     generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape: tuple[int, ...], size: float) -> Tensor:
+        return (torch.randn(shape, generator=generator) * size).to(dtype).to(device)
+
+    def repeated(shape: tuple[int, ...], numbers: Tensor) -> Tensor:
+        flat = torch.empty(math.prod(shape), dtype=dtype, device=device)
+        for part in flat.split(len(numbers)):
+            part.copy_(numbers[: len(part)])
+        return flat.view(shape)
+
+    sizes = (0.02, 1e-3)
+    if period is not None:
+        both = [normal((period,), size) for size in sizes]
     params = []
     for shape in shapes:
-        p = Parameter((torch.randn(shape, generator=generator) * 0.02).to(dtype))
-        p.grad = (torch.randn(shape, generator=generator) * 1e-3).to(dtype)
+        weight, grad = (
+            normal(shape, size) if period is None else repeated(shape, both[i]) for i, size in enumerate(sizes)
+        )
+        p = Parameter(weight)
+        p.grad = grad
         params.append(p)
     return params
 
 
-class EagerSAM(torch.optim.Optimizer):
-    """SAM as it is usually written in PyTorch: a loop over tensors around a base optimizer (arXiv 2010.01412)."""
-
-    def __init__(self, params: Iterable[Parameter], base: type[torch.optim.Optimizer], rho: float, **arguments) -> None:
-        super().__init__(params, {"rho": rho, **arguments})
-        self.base = base(self.param_groups, **arguments)
-        self.param_groups = self.base.param_groups
-
-    @torch.no_grad()
-    def first_step(self) -> None:
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.stack([p.grad.norm(p=2) for p in params]).norm(p=2)
-        for group in self.param_groups:
-            scale = group["rho"] / (norm + 1e-12)
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.state[p]["old_p"] = p.data.clone()
-                    p.add_(p.grad * scale.to(p))
-
-    @torch.no_grad()
-    def second_step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.data = self.state[p]["old_p"]
-        self.base.step()
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
-def sam_steps(dtype: torch.dtype, shapes: Iterable[tuple[int, ...]]) -> dict[str, Callable[[], None]]:
-    """Whole SAM steps (norm, perturb, restore, update) with the gradients in place, by implementation.
+def _fsam(params: Sequence[Parameter], precision: Precision, **arguments: object) -> Step:
+    """Both halves of FSAM's step, whose second gradients are the first ones again, where a backward pass puts them."""
+    optimizer = FSAM(params, lr=LR, rho=RHO, master_weights=precision.master, **arguments)
+    given = [p.grad for p in params]
 
-    Each has its own parameters; both passes of a step see the same gradient.
-    """
-    shapes = list(shapes)
-
-    def two_steps(optimizer) -> Callable[[], None]:
-        return lambda: (optimizer.first_step(), optimizer.second_step())
-
-    def ours(**arguments) -> Callable[[], None]:
-        params = make_parameters(shapes, dtype)
-        optimizer = FSAM(params, lr=1e-5, rho=0.05, **arguments)
+    def step(grads: Iterable[Tensor]) -> None:
+        optimizer.perturb()
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
         optimizer.step()
-        # Views of the flat gradient now, as a backward pass leaves them.
-        grads = [p.grad for p in params]
 
-        def step() -> None:
-            optimizer.perturb()
-            for p, grad in zip(params, grads, strict=True):
-                p.grad = grad
-            optimizer.step()
-
-        return step
-
-    steps = {"fsam_triton": ours()}
-    if dtype != torch.float32:
-        steps["fsam_triton, fp32 master weights"] = ours(master_weights=True)
-        steps["fsam_triton, round to nearest"] = ours(stochastic_rounding=False)
-    base = torch.optim.AdamW
-    steps["eager SAM over fused AdamW"] = two_steps(
-        EagerSAM(make_parameters(shapes, dtype), base, rho=0.05, lr=1e-5, fused=True)
-    )
-    steps["eager SAM over foreach AdamW"] = two_steps(
-        EagerSAM(make_parameters(shapes, dtype), base, rho=0.05, lr=1e-5, foreach=True)
-    )
-    try:
-        from pytorch_optimizer import SAM
-    except ImportError:
-        return steps
-    published = SAM(make_parameters(shapes, dtype), base_optimizer=base, rho=0.05, lr=1e-5, fused=True)
-    steps["pytorch_optimizer SAM over fused AdamW"] = lambda: (
-        published.first_step(zero_grad=False),
-        published.second_step(zero_grad=False),
-    )
-    return steps
+    # GSAM changes between two flat gradients from step to step.
+    places = []
+    for _ in range(2):
+        step(given)
+        places.append([p.grad for p in params])
+    following = itertools.cycle(places)
+    return lambda: step(next(following))
 
 
-def clipped_steps(dtype: torch.dtype, shapes: Iterable[tuple[int, ...]]) -> dict[str, Callable[[], None]]:
-    """Whole steps with clipping and one gradient, in place: AdamW's, and momentum-SAM's on top of it."""
-    shapes = list(shapes)
+def _single(kind: type[AdamWL2SP]) -> Callable[[Sequence[Parameter], Precision], Step]:
+    return lambda params, precision: kind(params, lr=LR, master_weights=precision.master).step
 
-    def ours(kind: type[AdamWL2SP], **arguments) -> Callable[[], None]:
-        params = make_parameters(shapes, dtype)
-        optimizer = kind(params, lr=1e-5, max_grad_norm=1.0, **arguments)
-        return optimizer.step
 
-    params = make_parameters(shapes, dtype)
-    adamw = torch.optim.AdamW(params, lr=1e-5, fused=True)
-    steps = {
-        "AdamWL2SP": ours(AdamWL2SP),
-        "MomentumSAM": ours(MomentumSAM),
-        "torch.optim.AdamW, fused, clip_grad_norm_": lambda: (
-            torch.nn.utils.clip_grad_norm_(params, 1.0),
-            adamw.step(),
-        ),
-    }
-    if dtype != torch.float32:
-        steps["AdamWL2SP, fp32 master weights"] = ours(AdamWL2SP, master_weights=True)
-        steps["MomentumSAM, fp32 master weights"] = ours(MomentumSAM, master_weights=True)
-    return steps
+def _adamw(params: Sequence[Parameter], precision: Precision, **arguments: object) -> MasterAdamW | torch.optim.AdamW:
+    return MasterAdamW(params, **arguments) if precision.master else torch.optim.AdamW(params, lr=LR, **arguments)
+
+
+def _eager(params: Sequence[Parameter], precision: Precision, **arguments: object) -> Step:
+    optimizer = EagerSAM(params, _adamw(params, precision, **arguments))
+    return lambda: (optimizer.first_step(), optimizer.second_step())
+
+
+def _published_sam(params: Sequence[Parameter], precision: Precision) -> Step:
+    from pytorch_optimizer import SAM
+
+    optimizer = SAM(params, base_optimizer=torch.optim.AdamW, rho=RHO, lr=LR, fused=True)
+    return lambda: (optimizer.first_step(), optimizer.second_step())
+
+
+def _published_gsam(params: Sequence[Parameter], precision: Precision) -> Step:
+    from pytorch_optimizer import GSAM
+
+    base = torch.optim.AdamW(params, lr=LR, fused=True)
+    optimizer = GSAM(params, base, torch.nn.Module(), SimpleNamespace(step=lambda: RHO), alpha=0.4)
+    return lambda: optimizer.step(lambda: (None, None))
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A way to make a step.
+
+    Attributes:
+        name: what the tables call it.
+        algorithm: which step it makes, a key of `traffic.STEPS`.
+        build: takes parameters with gradients and the precision, and returns the step, gradients being in place.
+        copies: how many tensors of the weights' size and type it takes at most, beyond weights and gradients, if there
+            are no masters.
+        precisions: what it can do.
+        package: which package it needs besides torch.
+    """
+
+    name: str
+    algorithm: str
+    build: Callable[[Sequence[Parameter], Precision], Step]
+    copies: int
+    precisions: tuple[Precision, ...] = PRECISIONS
+    package: str = "torch"
+
+    def room(self, weights: int, precision: Precision) -> int:
+        """Bytes that it takes at most, parameters and gradients included."""
+        masters = 16 if precision.master else 0
+        return weights * ((2 + self.copies) * precision.bytes + masters)
+
+
+_PLAIN = (FP32, BF16)
+IMPLEMENTATIONS = (
+    Implementation("FSAM", "SAM", _fsam, 4),
+    Implementation(
+        "FSAM, rounding to nearest", "SAM", lambda *args: _fsam(*args, stochastic_rounding=False), 4, (BF16,)
+    ),
+    Implementation("eager SAM over fused AdamW", "SAM", lambda *args: _eager(*args, fused=True), 4),
+    Implementation("eager SAM over foreach AdamW", "SAM", lambda *args: _eager(*args, foreach=True), 6),
+    Implementation("compiled SAM and AdamW", "SAM", lambda params, _: CompiledSAM(params).step, 4, _PLAIN),
+    Implementation("pytorch_optimizer SAM over fused AdamW", "SAM", _published_sam, 4, _PLAIN, "pytorch_optimizer"),
+    Implementation(
+        "FSAM with a Fisher mask", "Fisher-SAM", lambda *args: _fsam(*args, mask=FisherMask(0.1, interval=10**6)), 5
+    ),
+    Implementation("FSAM with alpha", "GSAM", lambda *args: _fsam(*args, alpha=0.4), 5),
+    Implementation("pytorch_optimizer GSAM over fused AdamW", "GSAM", _published_gsam, 5, _PLAIN, "pytorch_optimizer"),
+    Implementation("MomentumSAM", "momentum-SAM", _single(MomentumSAM), 4),
+    Implementation("AdamWL2SP", "AdamW", _single(AdamWL2SP), 3),
+    Implementation("torch.optim.AdamW, fused", "AdamW", lambda *args: _adamw(*args, fused=True).step, 3),
+)

@@ -1,4 +1,4 @@
-"""What bench/fish.py makes of its runs: none twice, none lost, and judged on texts that chose nothing."""
+"""What bench/fish.py makes of its runs, and that they are judged on texts that chose nothing."""
 
 import itertools
 
@@ -9,63 +9,9 @@ from tests.test_fidelity import load_bench
 pytest.importorskip("transformers")
 load_bench()
 
-from bench.fish import AS_FEW, DENSE, Setting, Task, best, format_table, record  # noqa: E402
+from bench.fish import AS_FEW, DENSE, Task, best, format_table  # noqa: E402
 from fsam_triton import FishMask  # noqa: E402
 from fsam_triton.finetune import load_empty_model  # noqa: E402
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "new" / "runs.jsonl"
-
-
-SETTINGS = [
-    Setting("FISH", rate, seed, judged_on, texts=200, steps=65, max_seq_length=32)
-    for rate, seed, judged_on in itertools.product((5e-4, 2e-3), (0, 1), ("validation", "test"))
-]
-
-
-class Runs:
-    """Counts the runs: each has the number of those before as its accuracy."""
-
-    def __init__(self):
-        self.made = []
-
-    def __call__(self, setting):
-        self.made.append(setting)
-        return {"eval_accuracy": len(self.made)}
-
-
-def test_finished_runs_are_not_made_again(path):
-    first, second = Runs(), Runs()
-    before = list(record(SETTINGS[:3], path, first))
-    after = list(record(SETTINGS, path, second))
-    assert first.made == SETTINGS[:3]
-    assert second.made == SETTINGS[3:]
-    assert after[:3] == before
-    assert list(record(SETTINGS, path, None)) == after
-
-
-def test_runs_before_an_interruption_are_kept(path):
-    def interrupted(setting):
-        if setting == SETTINGS[2]:
-            raise KeyboardInterrupt
-        return {}
-
-    with pytest.raises(KeyboardInterrupt):
-        list(record(SETTINGS, path, interrupted))
-    rest = Runs()
-    list(record(SETTINGS, path, rest))
-    assert rest.made == SETTINGS[2:]
-
-
-def test_run_whose_line_was_cut_off_is_made_again(path):
-    whole = list(record(SETTINGS[:3], path, Runs()))
-    path.write_text(path.read_text()[:-5])
-    again = Runs()
-    assert list(record(SETTINGS[:3], path, again))[:2] == whole[:2]
-    assert again.made == SETTINGS[2:3]
-    assert len(list(record(SETTINGS[:3], path, None))) == 3
 
 
 def test_learning_rate_is_that_of_the_highest_accuracy_then_of_the_lowest_loss():

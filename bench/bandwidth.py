@@ -1,0 +1,55 @@
+"""The rates at which plain PyTorch moves memory on a device: the limit that a pass could reach at best."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .traffic import Traffic
+
+# fp32, 256 MB: far larger than the caches.
+ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes a second, read and written ones both counted: `sum()`, `mul_()` in place, `fill_()`.
+
+    Three, because on a CPU they differ by a factor of two: memory that is written without being read is read all the
+    same, line by line, and memory that is only read leaves the way back unused. Copies and sums of tensors take as long
+    as their streams do at these rates, to a few percent.
+    """
+
+    read: float
+    updated: float
+    written: float
+
+    def seconds(self, traffic: Traffic, weights: int) -> float:
+        """The least time for so many weights: each stream at its rate, one after another."""
+        streams = (traffic.read / self.read, 2 * traffic.updated / self.updated, traffic.written / self.written)
+        return weights * sum(streams)
+
+
+def least_seconds(run: Callable[[], object], device: str, rounds: int = 5) -> float:
+    """The least time of several runs after one to warm up."""
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def measure_rates(buffer: torch.Tensor) -> Rates:
+    """The rates now, for a flat tensor, whose numbers are lost."""
+    device, n = buffer.device.type, buffer.nbytes
+    return Rates(
+        read=n / least_seconds(buffer.sum, device),
+        updated=2 * n / least_seconds(lambda: buffer.mul_(0.5), device),
+        written=n / least_seconds(lambda: buffer.fill_(1.0), device),
+    )
