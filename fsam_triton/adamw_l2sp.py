@@ -55,7 +55,7 @@ class AdamWL2SP(FlatState):
 
     In a parameter group with ``l2_sp > 0`` a parameter with an anchor is pulled to it,
     ``w -= lr * l2_sp * (w - anchor)``; one without (a novel one, a new classifier say) and every parameter of other
-    groups decays to zero, ``w -= lr * weight_decay * w``. Then Adam, exactly as :class:`torch.optim.AdamW`, whose state
+    groups decays to zero, ``w -= lr * weight_decay * w``. Then Adam, exactly as `torch.optim.AdamW`, whose state
     dicts it reads and writes.
 
     The parameters become views of flat buffers (``p.data`` is re-pointed), so move and cast the model first. A
@@ -180,7 +180,7 @@ class AdamWL2SP(FlatState):
     # -- groups and buffers --------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as :meth:`torch.optim.Optimizer.add_param_group`; its parameters are moved into new buffers."""
+        """Add a group, as `torch.optim.Optimizer.add_param_group`; its parameters are moved into new buffers."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

@@ -119,7 +119,7 @@ class SharpnessAwareMixin:
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the FSAM, unless there is one, as :meth:`transformers.Trainer.create_optimizer`."""
+        """Make the FSAM, unless there is one, as `transformers.Trainer.create_optimizer`."""
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             model = self.model if model is None else model
             decays = self.get_decay_parameter_names(model)
@@ -136,7 +136,7 @@ class SharpnessAwareMixin:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, as :meth:`transformers.Trainer.train`."""
+        """Train, as `transformers.Trainer.train`."""
         self._passed.clear()
         try:
             return super().train(*args, **kwargs)
@@ -149,7 +149,7 @@ class SharpnessAwareMixin:
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Pass a micro-batch, as :meth:`transformers.Trainer.training_step`; after the last one of a step, all anew.
+        """Pass a micro-batch, as `transformers.Trainer.training_step`; after the last one of a step, all anew.
 
         Returns:
             The loss at the clean weights.
