@@ -96,7 +96,7 @@ def figures(row: Row | None, ours: Row | None = None) -> str:
 def bandwidth(run: Run) -> str:
     """The rates measured before each benchmark, GB/s."""
     kinds = ("read", "updated in place", "written")
-    rates = zip(*(row["rates"] for row in run.rows), strict=True)
+    rates = zip(*(row["rates"] for row in run.rows if row["rates"]), strict=True)
     cells = [[digits(use(own) / 1e9) for use in (median, min, max)] for own in rates]
     return table(["GB/s", "median", "least", "most"], [[kind, *own] for kind, own in zip(kinds, cells, strict=True)])
 
@@ -198,7 +198,7 @@ def plain(run: Run, suite: str) -> str:
     lines = []
     for row in rows:
         first = pick(rows, **{key: row[key] for key in ("subject", "model", "precision")})
-        peak = f"{row['peak_bytes'] / 1e6:,.1f} MB"
+        peak = f"{row['peak_bytes'] / 1e6:,.2f} MB" if row["peak_bytes"] else "-"
         ratio = f"{row['min'] / first['min']:.2f}x"
         lines.append([row["subject"], row["model"], row["implementation"], milliseconds(row), ratio, peak])
     return table(["", "", "", "time", "to the first", "peak memory"], lines)

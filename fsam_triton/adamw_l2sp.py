@@ -410,7 +410,7 @@ class AdamWL2SP(FlatState):
             bucket.written()
             if self.static_grads:
                 bucket.mark_grads_zeroed()
-            if not all(known or not now for known, now in zip(bucket.known, active, strict=True)):
+            if not all(bucket.known) and any(now and not known for known, now in zip(bucket.known, active, strict=True)):
                 bucket.known = [known or now for known, now in zip(bucket.known, active, strict=True)]
                 self._publish(bucket)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,8 @@ class Bucket:
         self._ascent_grads: Gradients | None = None
         # Parameters with the same entry have been updated equally often; see `advance`.
         self._lockstep: list[tuple[int, int]] = [(0, 0)] * len(self.params)
+        # What `runs` has given since `_lockstep` changed.
+        self._runs: dict[tuple[bool, ...], list[tuple[int, int, int, bool]]] = {}
         self._tags = 0
 
     def _move_parameters(self) -> None:
@@ -234,9 +237,15 @@ class Bucket:
         Raises:
             RuntimeError: sparse gradient, or a parameter that no longer is the view of its buffer.
         """
-        active = []
         self._check_parameters()
-        for i, p in enumerate(self.params):
+        grads = [p.grad for p in self.params]
+        if self._grads is not None and all(map(operator.is_, grads, self._grads.views)):
+            self.adopt_changed_weights()
+            return self._grads.written()
+        active = []
+        for i, (p, grad) in enumerate(zip(self.params, grads, strict=True)):
+            if grad is not None and grad.is_sparse:
+                raise RuntimeError(f"sparse gradient of parameter {self.name(i)}: only dense gradients are supported")
             if p.grad is not None:
                 self._collect_one(i, p)
             elif self._grads is None:
@@ -258,9 +267,6 @@ class Bucket:
                 f"(now {tuple(p.shape)}, {p.dtype}, {p.device}): move or cast the model first, then make the "
                 "optimizer, and use only one optimizer for a parameter"
             )
-        for i, p in enumerate(self.params):
-            if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError(f"sparse gradient of parameter {self.name(i)}: only dense gradients are supported")
 
     def adopt_changed_weights(self) -> None:
         """Follow a parameter that somebody else wrote into since our last pass (by loading weights).
@@ -317,10 +323,12 @@ class Bucket:
 
     def drop_grads(self, keep_views: bool) -> None:
         """Clear the gradients: as None or, if keep_views, as zeros in the same tensors."""
-        for i, p in enumerate(self.params):
-            if not keep_views:
+        if not keep_views:
+            for p in self.params:
                 p.grad = None
-            elif p.grad is not None:
+            return
+        for i, p in enumerate(self.params):
+            if p.grad is not None:
                 self._collect_one(i, p)
                 self.grads.zero(i)
 
@@ -371,7 +379,11 @@ class Bucket:
 
         Which of them had how many updates is on the device; which had equally many is known here, without asking it.
         """
-        if may_skip and not all(active) and any(active):
+        # Where all are, those with equally many still have equally many.
+        if all(active):
+            return
+        self._runs.clear()
+        if may_skip and any(active):
             fresh: dict[tuple[int, int], tuple[int, int]] = {}
             for i, now in enumerate(active):
                 if now:
@@ -388,9 +400,15 @@ class Bucket:
     def resync(self) -> None:
         """Read the step counts, after they were loaded."""
         self._lockstep = [(0, int(step)) for step in self.steps.tolist()]
+        self._runs.clear()
 
     def runs(self, active: tuple[bool, ...]) -> list[tuple[int, int, int, bool]]:
         """Longest stretches of parameters that can share a launch: (start, stop, a parameter in it, whether active)."""
+        if active not in self._runs:
+            self._runs[active] = self._find_runs(active)
+        return self._runs[active]
+
+    def _find_runs(self, active: tuple[bool, ...]) -> list[tuple[int, int, int, bool]]:
         runs: list[list] = []
         last = None
         for i, shape in enumerate(self.shapes):
@@ -447,6 +465,10 @@ class Gradients:
     def is_zero(self, i: int) -> bool:
         """Whether nothing was written into parameter i's view since it was zeroed."""
         return self.views[i]._version == self.versions[i]
+
+    def written(self) -> tuple[bool, ...]:
+        """For each parameter the opposite of `is_zero`."""
+        return tuple(map(operator.ne, [view._version for view in self.views], self.versions))
 
     def zero(self, i: int) -> None:
         """Zero parameter i's view, if it is not."""
