@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -400,7 +400,10 @@ class AdamWL2SP(FlatState):
                 bucket.restore()
         for bucket, active in collected:
             bucket.advance(active, may_skip=direction.skip is not None)
-            now = True if all(active) else torch.tensor(active).to(bucket.device, non_blocking=True)
+            if direction.skip is None and all(active):
+                bucket.steps += 1
+                continue
+            now = torch.tensor(active).to(bucket.device, non_blocking=True)
             bucket.steps += now if direction.skip is None else now & ~direction.skip.to(bucket.device)
         runs = [(bucket, *run) for bucket, active in collected for run in bucket.runs(active)]
         for coef, run in zip(self._coefficients(runs, direction), runs, strict=True):
@@ -478,9 +481,8 @@ class AdamWL2SP(FlatState):
         for device in {run[0].device for run in runs}:
             here = [i for i, run in enumerate(runs) if run[0].device == device]
             hyper = self._hyper["descent", device].rows([self._hyper_parameters(runs[i][0]) for i in here], device)
-            step = torch.stack([runs[i][0].steps[runs[i][3]] for i in here])
-            offset = torch.tensor([runs[i][1] for i in here])
-            key = self._keys([runs[i][0] for i in here], step, _UPDATE, offset.to(device, non_blocking=True))
+            steps = [runs[i][0].steps[runs[i][3]] for i in here]
+            key = self._keys([runs[i][0] for i in here], steps, _UPDATE, [runs[i][1] for i in here])
             own, other = (
                 value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
                 for value in (direction.factor, direction.other)
@@ -488,23 +490,22 @@ class AdamWL2SP(FlatState):
             if direction.keep:
                 # The stored component is a gradient of the objective, whatever its sign in the update.
                 other = other * hyper[:, 5]
-            for i, coef in zip(here, coefficients.descent(hyper, step, own, key, other, self.ema_decay), strict=True):
+            coefs = coefficients.descent(hyper, torch.stack(steps), own, key, other, self.ema_decay)
+            for i, coef in zip(here, coefs, strict=True):
                 out[i] = coef
         return out
 
-    def _keys(self, buckets: list[Bucket], step: Tensor, purpose: int, offset: Tensor) -> Tensor:
-        """Keys of the random numbers of a pass over each bucket."""
+    def _keys(self, buckets: list[Bucket], steps: Sequence[Tensor], purpose: int, offsets: Sequence[int]) -> Tensor:
+        """Keys of the random numbers of a pass over each bucket, from one of its counts of steps or the largest."""
+        device = steps[0].device
         rounds = self.stochastic_rounding and any(bucket.weight.element_size() == 2 for bucket in buckets)
         if not (rounds or self._draws_elements):
-            return torch.zeros(len(buckets), dtype=torch.float64, device=step.device)
+            return torch.zeros(len(buckets), dtype=torch.float64, device=device)
         order = {id(bucket): i for i, bucket in enumerate(self._buckets)}
-        salt = torch.tensor(
-            [(self.seed * 0x9E3779B1 + order[id(b)] * 0xC2B2AE35 + purpose) & 0xFFFFFFFF for b in buckets]
-        )
-        if any(bucket.shard_start for bucket in buckets):
-            starts = torch.tensor([bucket.shard_start for bucket in buckets])
-            offset = offset + starts.to(step.device, non_blocking=True)
-        return coefficients.keys(step, salt.to(step.device, non_blocking=True), offset)
+        salt = [(self.seed * 0x9E3779B1 + order[id(b)] * 0xC2B2AE35 + purpose) & 0xFFFFFFFF for b in buckets]
+        starts = [offset + bucket.shard_start for offset, bucket in zip(offsets, buckets, strict=True)]
+        numbers = torch.tensor([salt, starts]).to(device, non_blocking=True)
+        return coefficients.keys(torch.stack([step.max() for step in steps]), *numbers)
 
     def _update_run(self, run: Run, coef: Tensor, direction: Direction, zero_grad: bool) -> None:
         bucket, start, stop, _, active = run

@@ -132,10 +132,10 @@ class Ascent(ScheduledRho):
             here = [i for i, bucket in enumerate(buckets) if bucket.device == device]
             radii = [(self._sign(buckets[i].group) * self._rho(buckets[i].group) / beta,) for i in here]
             rho = self._hyper["ascent", device].rows(radii, device)[:, 0]
-            step = torch.stack([buckets[i].steps.max() for i in here])
+            steps = [buckets[i].steps for i in here]
             # Both counts: an ascent can be repeated without a step, and in a CUDA graph only the device's goes on.
             purpose = _ASCENT + self.param_groups[0]["ascents"] * _NEXT_ASCENT
-            key = self._keys([buckets[i] for i in here], step, purpose, torch.zeros_like(step, dtype=torch.int64))
+            key = self._keys([buckets[i] for i in here], steps, purpose, [0] * len(here))
             norm = norm_sq.to(device, non_blocking=True)
             scale = None if self._ascent_scale is None else self._ascent_scale.to(device, non_blocking=True)
             for i, coef in zip(here, coefficients.ascent(rho, norm, key, probability, scale), strict=True):

@@ -58,9 +58,12 @@ def radius(rho: Tensor | float, norm_sq: Tensor, scale: Tensor | None = None) ->
         norm_sq: squared norm of the vector.
         scale: what the vector is multiplied with already (a GradScaler's). Powers of two cancel exactly.
     """
-    inverse = 1.0 if scale is None else 1.0 / scale.to(torch.float64)
-    norm = norm_sq.sqrt() * inverse
-    return torch.where(torch.isfinite(norm), rho / (norm + 1e-12) * inverse, 0.0)
+    norm = norm_sq.sqrt()
+    if scale is None:
+        return torch.where(norm < float("inf"), rho / (norm + 1e-12), 0.0)
+    inverse = 1.0 / scale.to(torch.float64)
+    norm = norm * inverse
+    return torch.where(norm < float("inf"), rho / (norm + 1e-12) * inverse, 0.0)
 
 
 def next_moment_sq(dots: Tensor, beta1: Tensor | float, factor: Tensor | float) -> Tensor:
@@ -157,10 +160,11 @@ def descent(
         other: what to multiply the second gradient with.
         ema_decay: what to multiply the average of the weights with.
     """
-    lr, beta1, beta2, eps, rate, sign = hyper.unbind(1)
-    step = step.to(torch.float64)
-    bias1, bias2 = 1 - beta1**step, 1 - beta2**step
-    columns = [sign * factor, lr * rate, 1 - beta1, beta2, 1 - beta2, lr / bias1, bias2.rsqrt(), eps, key]
+    lr, _, beta2, eps, rate, sign = hyper.unbind(1)
+    betas = hyper[:, 1:3]
+    new1, new2 = torch.rsub(betas, 1).unbind(1)
+    bias1, bias2 = torch.rsub(betas ** step.to(torch.float64)[:, None], 1).unbind(1)
+    columns = [sign * factor, lr * rate, new1, beta2, new2, lr / bias1, bias2.rsqrt(), eps, key]
     if other is not None or ema_decay is not None:
         unused = torch.zeros_like(lr)
         columns += [unused if other is None else sign * other, unused, unused]

@@ -388,6 +388,10 @@ def finetune(arguments, argv=()):
             sharpness = measure_sharpness(arguments, path, names, tokenizer, train)
             written = html_report.write_report(arguments, argv, description, names, runs, mask, sharpness)
             print(f"report: {written}")
+    if workers > 1:
+        # A thread of gloo's that lets go of the last operation's tensors while Python shuts down aborts the process.
+        dist.barrier()
+        dist.destroy_process_group()
     return runs
 
 

@@ -230,9 +230,7 @@ class MomentumSAM(ScheduledRho):
         for coef, (bucket, start, _, _, active) in zip(super()._coefficients(runs, direction), runs, strict=True):
             scale = torch.as_tensor(bucket.group["scale"], dtype=torch.float64).to(bucket.device, non_blocking=True)
             # The largest count, which is the same for all runs, so that numbers do not depend on how they are cut.
-            step = bucket.steps.max().view(1)
-            offset = torch.tensor([start]).to(bucket.device, non_blocking=True)
-            key = self._keys([bucket], step, _PERTURBATION, offset)
+            key = self._keys([bucket], [bucket.steps], _PERTURBATION, [start])
             coef = torch.cat((coef[:9], torch.zeros_like(key), scale.view(1), key, coef[12:]))
             if not active:
                 # Restored and perturbed anew, not updated, nor their average.

@@ -119,10 +119,10 @@ constexpr int64_t ROW = MASKED ? 32 : 4096;
 
 _PERTURB = r"""
 extern "C" void perturb(const int64_t* pointers, int64_t n, int threads) {
-  T* __restrict__ weight = at<T>(pointers, 0);
-  T* __restrict__ grad = at<T>(pointers, 1);
-  T* __restrict__ backup = at<T>(pointers, 2);
-  const uint32_t* __restrict__ mask = at<uint32_t>(pointers, 3);
+  T* weight = at<T>(pointers, 0);
+  T* grad = at<T>(pointers, 1);
+  T* backup = at<T>(pointers, 2);
+  const uint32_t* mask = at<uint32_t>(pointers, 3);
   const double* coef = at<double>(pointers, 4);
   const C scale = C(coef[0]);
   const uint32_t key = key_of(coef[1]);
@@ -131,19 +131,21 @@ extern "C" void perturb(const int64_t* pointers, int64_t n, int threads) {
   for (int64_t start = 0; start < n; start += ROW) {
     const int64_t stop = std::min(start + ROW, n);
     const uint32_t word = MASKED ? mask[start / 32] : 0;
+    // No element depends on another; with so many arrays the compiler would not find out.
+    _Pragma("GCC ivdep")
     for (int64_t i = start; i < stop; i++) {
       const T old = weight[i];
       if (BACKUP) backup[i] = old;
       C w = widened(old), eps = scale * widened(grad[i]);
       if (ADAPTIVE) eps *= w * w;
-      bool moved = finite(eps);
+      uint32_t moved = finite(eps);
       if (MASKED) moved &= word >> (i - start) & 1;
       const uint32_t bits = random_bits(i, key);
-      if (RANDOM) moved &= uniform(low_half(bits)) < probability;
+      if (RANDOM) moved &= uint32_t(uniform(low_half(bits)) < probability);
       w += choose(moved, eps, C(0));
       if (STOCHASTIC) w = stochastic(w, high_half(bits), T{});
       store(weight[i], w);
-      if (ZERO_GRAD) grad[i] = T{};
+      if (ZERO_GRAD) store(grad[i], C(0));
     }
   }
 }
@@ -151,16 +153,16 @@ extern "C" void perturb(const int64_t* pointers, int64_t n, int threads) {
 
 _ADAMW_L2SP = r"""
 extern "C" void adamw_l2sp(const int64_t* pointers, int64_t n, int threads) {
-  T* __restrict__ weight = at<T>(pointers, 0);
-  T* __restrict__ grad = at<T>(pointers, 1);
-  STATE* __restrict__ exp_avg = at<STATE>(pointers, 2);
-  STATE* __restrict__ exp_avg_sq = at<STATE>(pointers, 3);
-  STATE* __restrict__ max_exp_avg_sq = at<STATE>(pointers, 4);
-  T* __restrict__ backup = at<T>(pointers, 5);
-  float* __restrict__ master = at<float>(pointers, 6);
-  const T* __restrict__ anchor = at<T>(pointers, 7);
-  T* __restrict__ other_grad = at<T>(pointers, 8);
-  C* __restrict__ ema = at<C>(pointers, 9);
+  T* weight = at<T>(pointers, 0);
+  T* grad = at<T>(pointers, 1);
+  STATE* exp_avg = at<STATE>(pointers, 2);
+  STATE* exp_avg_sq = at<STATE>(pointers, 3);
+  STATE* max_exp_avg_sq = at<STATE>(pointers, 4);
+  T* backup = at<T>(pointers, 5);
+  float* master = at<float>(pointers, 6);
+  const T* anchor = at<T>(pointers, 7);
+  T* other_grad = at<T>(pointers, 8);
+  C* ema = at<C>(pointers, 9);
   const double* coef = at<double>(pointers, 10);
   const C factor = C(coef[0]), decay = C(coef[1]), one_minus_beta1 = C(coef[2]), beta2 = C(coef[3]);
   const C one_minus_beta2 = C(coef[4]), step_size = C(coef[5]), inv_sqrt_bias2 = C(coef[6]), eps = C(coef[7]);
@@ -169,6 +171,7 @@ extern "C" void adamw_l2sp(const int64_t* pointers, int64_t n, int threads) {
   IN_PARALLEL
   for (int64_t start = 0; start < n; start += ROW) {
     const int64_t stop = std::min(start + ROW, n);
+    _Pragma("GCC ivdep")
     for (int64_t i = start; i < stop; i++) {
       const C old_w = MASTER ? C(master[i]) : C(widened(BACKUP ? backup[i] : weight[i]));
       const C own = widened(grad[i]);
@@ -218,7 +221,7 @@ extern "C" void adamw_l2sp(const int64_t* pointers, int64_t n, int threads) {
         const C change = rate * (clean - ema[i]);
         ema[i] = choose(finite(change), ema[i] + change, ema[i]);
       }
-      if (ZERO_GRAD) grad[i] = T{};
+      if (ZERO_GRAD) store(grad[i], C(0));
     }
   }
 }

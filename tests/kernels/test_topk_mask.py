@@ -208,3 +208,24 @@ def test_quota_given_is_not_changed(passes):
 def test_nothing_to_choose_from_leaves_the_quota(passes):
     mask = torch.empty(0, dtype=torch.int32)
     assert int(passes.write_mask_(mask, torch.empty(0), scalar(3), scalar(5), False)) == 5
+
+
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS.keys())
+def test_threads_of_the_cpp_share_the_work_as_if_it_were_one(dtype):
+    """Many ties, of which the first are taken, over several blocks and a ragged end."""
+    values = (ordinary(3 * 65536 + 17, torch.float32, seed=1) * 8).round().to(dtype)
+    wide = dtype == torch.float64
+    threshold, quota = scalar(key_of(8.0, wide)), scalar(5000)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        hist = topk_mask_cpu.digit_histogram(values, threshold, *((56, 7) if wide else (23, 8)), wide)
+        mask = mask_words(values.numel())
+        left = topk_mask_cpu.write_mask_(mask, values, threshold, quota, wide)
+    finally:
+        torch.set_num_threads(before)
+    expected = mask_words(values.numel())
+    assert torch.equal(hist, reference.digit_histogram(values, threshold, *((56, 7) if wide else (23, 8)), wide))
+    assert int(left) == int(reference.write_mask_(expected, values, threshold, quota, wide))
+    assert torch.equal(mask, expected)
+    assert int((values.abs() == 8).sum()) > 5000
