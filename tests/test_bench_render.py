@@ -84,7 +84,7 @@ def test_cost_of_a_tensor_is_the_slope_from_the_fewest_to_the_most():
 
 def test_a_suite_without_a_table_of_its_own_is_shown_too():
     rows = [row("topk", "ours", 1e-3), row("topk", "torch.topk", 5e-3)]
-    assert "| SAM | BERT-base | torch.topk | 5.00 ms | 5.00x | 14.0 MB |" in lines_of("topk", run_of(*rows))
+    assert "| SAM | BERT-base | torch.topk | 5.00 ms | 5.00x | 14.00 MB |" in lines_of("topk", run_of(*rows))
 
 
 def test_text_outside_the_marks_stays_and_old_tables_go():
