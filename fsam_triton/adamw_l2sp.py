@@ -413,8 +413,11 @@ class AdamWL2SP(FlatState):
             bucket.written()
             if self.static_grads:
                 bucket.mark_grads_zeroed()
-            if not all(bucket.known) and any(now and not known for known, now in zip(bucket.known, active, strict=True)):
-                bucket.known = [known or now for known, now in zip(bucket.known, active, strict=True)]
+            if all(bucket.known):
+                continue
+            known = [before or now for before, now in zip(bucket.known, active, strict=True)]
+            if known != bucket.known:
+                bucket.known = known
                 self._publish(bucket)
 
     # Whether passes need random numbers, also where nothing is rounded.
