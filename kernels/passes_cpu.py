@@ -25,11 +25,15 @@ inline T* at(const int64_t* pointers, int which) { return reinterpret_cast<T*>(p
 _SUMS = r"""
 constexpr int LANES = 64;
 
+// `add` is given the element's word of a mask, too: looked up for each element, words would be gathered one by one.
 template <typename F>
 inline void each(int64_t start, int64_t stop, const F& add) {
   for (; start + LANES <= stop; start += LANES)
-    for (int lane = 0; lane < LANES; lane++) add(start + lane, lane);
-  for (int lane = 0; start + lane < stop; lane++) add(start + lane, lane);
+    for (int row = 0; row < LANES; row += 32) {
+      const int64_t word = (start + row) / 32;
+      for (int lane = 0; lane < 32; lane++) add(start + row + lane, row + lane, word);
+    }
+  for (int lane = 0; start + lane < stop; lane++) add(start + lane, lane, (start + lane) / 32);
 }
 
 inline double total(const C* lanes) {
@@ -50,11 +54,11 @@ extern "C" void grad_norm(const int64_t* pointers, int64_t n, int threads) {
   IN_PARALLEL
   for (int64_t start = 0; start < n; start += CHUNK) {
     C lanes[LANES] = {};
-    each(start, std::min(start + CHUNK, n), [&](int64_t i, int lane) {
+    each(start, std::min(start + CHUNK, n), [&](int64_t i, int lane, int64_t word) {
       C x = widened(grad[i]);
       if (ADAPTIVE) x *= widened(weight[i]);
       // Zero times an inf or NaN is NaN: what is not finite shows, masked or not.
-      if (MASKED) x = choose(mask[i / 32] >> (i % 32) & 1, x, x * C(0));
+      if (MASKED) x = choose(mask[word] >> (lane % 32) & 1, x, x * C(0));
       lanes[lane] += x * x;
     });
     sums[start / CHUNK] = total(lanes);
@@ -70,7 +74,7 @@ extern "C" void surrogate_gap(const int64_t* pointers, int64_t n, int threads) {
   IN_PARALLEL
   for (int64_t start = 0; start < n; start += CHUNK) {
     C dot[LANES] = {}, first_sq[LANES] = {}, second_sq[LANES] = {};
-    each(start, std::min(start + CHUNK, n), [&](int64_t i, int lane) {
+    each(start, std::min(start + CHUNK, n), [&](int64_t i, int lane, int64_t) {
       C a = widened(first[i]), b = widened(second[i]);
       dot[lane] += a * b;
       first_sq[lane] += a * a;
