@@ -19,6 +19,7 @@ HEADER = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 struct BF16 { uint16_t bits; };
@@ -57,7 +58,7 @@ inline void store(float& to, C x) { to = float(x); }
 template <typename C>
 inline void store(BF16& to, C number) {
   uint32_t bits = bits_of(float(number)), rounded = bits + ((bits >> 16) & 1) + 0x7FFFu;
-  // A NaN whose payload lies in the lower half must not turn into an infinity.
+  // A NaN whose payload lies in the lower half must not turn into an infinity, nor overflow into a zero.
   to.bits = uint16_t(choose((bits & 0x7FFFFFFFu) > 0x7F800000u, bits | 0x400000u, rounded) >> 16);
 }
 template <typename C>
@@ -69,6 +70,15 @@ inline void store(FP16& to, C number) {
   half = choose(size >= 0x477FF000u, uint32_t(0x7C00u), half);
   half = choose(size > 0x7F800000u, uint32_t(0x7E00u), half);
   to.bits = uint16_t(half | ((bits >> 16) & 0x8000u));
+}
+
+// The same for a number that comes from 16-bit ones alone: a NaN then has nothing in the lower half.
+template <typename T, typename C>
+inline void store_narrow(T& to, C number) { store(to, number); }
+template <typename C>
+inline void store_narrow(BF16& to, C number) {
+  uint32_t bits = bits_of(float(number));
+  to.bits = uint16_t((bits + ((bits >> 16) & 1) + 0x7FFFu) >> 16);
 }
 """
 TYPES = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "BF16", torch.float16: "FP16"}

@@ -89,8 +89,9 @@ extern "C" void surrogate_gap(const int64_t* pointers, int64_t n, int threads) {
 """
 
 _ROUNDING = r"""
-inline uint32_t random_bits(int64_t index, uint32_t key) {
-  uint32_t x = uint32_t(index) * 0x9E3779B1u + key;
+// Of an element, `index * STRIDE + key`; multiplied out for each, it would be the slowest instruction of a loop.
+constexpr uint32_t STRIDE = 0x9E3779B1u;
+inline uint32_t random_bits(uint32_t x) {
   x ^= x >> 15;
   return x * 0x2C1B3C6Du;
 }
@@ -98,18 +99,21 @@ inline int32_t high_half(uint32_t bits) { return int32_t(bits) >> 16; }
 inline int32_t low_half(uint32_t bits) { return int32_t((bits ^ (bits >> 16)) << 16) >> 16; }
 inline float uniform(int32_t rand) { return float(rand | 1) * (1.0f / 65536); }
 
-// See rounding.stochastic_round.
-inline float nudged(float x, float noise, float ulp, float smallest) {
-  float binade = float_of(bits_of(x) & 0x7F800000u) * ulp, step = choose(binade > smallest, binade, smallest);
-  float shift = step * 12582912.0f;
-  return (x + step * noise + shift) - shift;
+// See rounding.stochastic_round. The noise is an odd integer below 1 / `unit`, and all factors are powers of two: what
+// they are multiplied by is exact, in any order. From 2 ** 100 on x stays as it is.
+inline float nudged(float x, int32_t noise, float unit, float ulp, float smallest) {
+  uint32_t binade = bits_of(x) & 0x7F800000u, small = bits_of(smallest * unit);
+  uint32_t step = bits_of(float_of(binade) * (ulp * unit));
+  // Of positive numbers the larger one has the larger bits.
+  step = step > small ? step : small;
+  float grain = float_of(step & -uint32_t(binade < bits_of(0x1p100f))), shift = grain * (12582912.0f / unit);
+  return (x + grain * float(noise) + shift) - shift;
 }
 inline float stochastic(float x, int32_t rand, BF16) {
-  float y = nudged(x, uniform(rand), 1.0f / 128, float_of(0x00010000u));
-  return choose(std::fabs(x) < 0x1p100f, y, x);
+  return nudged(x, rand | 1, 1.0f / 65536, 1.0f / 128, float_of(0x00010000u));
 }
 inline float stochastic(float x, int32_t rand, FP16) {
-  float y = nudged(x, float((rand >> 3) | 1) * (1.0f / 8192), 1.0f / 1024, 1.0f / 16777216);
+  float y = nudged(x, (rand >> 3) | 1, 1.0f / 8192, 1.0f / 1024, 1.0f / 16777216);
   y = choose(y > 65504.0f, 65504.0f, choose(y < -65504.0f, -65504.0f, y));
   return choose(std::fabs(x) < 0x1p100f, y, x);
 }
@@ -135,20 +139,21 @@ extern "C" void perturb(const int64_t* pointers, int64_t n, int threads) {
   for (int64_t start = 0; start < n; start += ROW) {
     const int64_t stop = std::min(start + ROW, n);
     const uint32_t word = MASKED ? mask[start / 32] : 0;
+    uint32_t place = uint32_t(start) * STRIDE;
     // No element depends on another; with so many arrays the compiler would not find out.
     _Pragma("GCC ivdep")
-    for (int64_t i = start; i < stop; i++) {
+    for (int64_t i = start; i < stop; i++, place += STRIDE) {
       const T old = weight[i];
       if (BACKUP) backup[i] = old;
       C w = widened(old), eps = scale * widened(grad[i]);
       if (ADAPTIVE) eps *= w * w;
       uint32_t moved = finite(eps);
       if (MASKED) moved &= word >> (i - start) & 1;
-      const uint32_t bits = random_bits(i, key);
+      const uint32_t bits = random_bits(place + key);
       if (RANDOM) moved &= uint32_t(uniform(low_half(bits)) < probability);
       w += choose(moved, eps, C(0));
       if (STOCHASTIC) w = stochastic(w, high_half(bits), T{});
-      store(weight[i], w);
+      store_narrow(weight[i], w);
       if (ZERO_GRAD) store(grad[i], C(0));
     }
   }
@@ -175,8 +180,9 @@ extern "C" void adamw_l2sp(const int64_t* pointers, int64_t n, int threads) {
   IN_PARALLEL
   for (int64_t start = 0; start < n; start += ROW) {
     const int64_t stop = std::min(start + ROW, n);
+    uint32_t place = uint32_t(start) * STRIDE;
     _Pragma("GCC ivdep")
-    for (int64_t i = start; i < stop; i++) {
+    for (int64_t i = start; i < stop; i++, place += STRIDE) {
       const C old_w = MASTER ? C(master[i]) : C(widened(BACKUP ? backup[i] : weight[i]));
       const C own = widened(grad[i]);
       C g = own * factor;
@@ -198,25 +204,26 @@ extern "C" void adamw_l2sp(const int64_t* pointers, int64_t n, int threads) {
       m = choose(update, m, old_m);
       v = choose(update, v, old_v);
       top = choose(update, top, old_top);
-      store(exp_avg[i], m);
-      const uint32_t bits = random_bits(i, key);
+      store_narrow(exp_avg[i], m);
+      const uint32_t bits = random_bits(place + key);
       if (MASTER) master[i] = float(w);
       if (STOCHASTIC) {
         w = stochastic(w, high_half(bits), T{});
         v = stochastic(v, low_half(bits), STATE{});
         top = stochastic(top, low_half(bits), STATE{});
       }
-      store(exp_avg_sq[i], v);
-      if (AMSGRAD) store(max_exp_avg_sq[i], top);
+      store_narrow(exp_avg_sq[i], v);
+      if (AMSGRAD) store_narrow(max_exp_avg_sq[i], top);
       T stored;
-      store(stored, w);
+      if (MASTER || !std::is_same_v<T, STATE>) store(stored, w);
+      else store_narrow(stored, w);
       const C clean = MASTER ? w : C(widened(stored));
       if (PERTURB) {
         if (BACKUP) backup[i] = stored;
         // The stored moment, not the exact one: so the perturbation can be made again from it.
         const C shift = scale * C(widened(exp_avg[i]));
         C next = clean + choose(finite(shift), shift, C(0));
-        if (STOCHASTIC) next = stochastic(next, high_half(random_bits(i, next_key)), T{});
+        if (STOCHASTIC) next = stochastic(next, high_half(random_bits(place + next_key)), T{});
         store(weight[i], next);
       } else {
         weight[i] = stored;

@@ -206,6 +206,22 @@ def test_compiled_update_equals_the_reference_to_the_bit(case, monkeypatch):
         assert_equal_after(ops.adamw_l2sp_, reference.adamw_l2sp_, adamw_arguments(n, **case), monkeypatch)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_all_16_bit_numbers_are_rounded_as_the_reference_rounds_them(dtype, monkeypatch):
+    """Weights, gradients and moments are every number there is, infinities and NaN with all their bits too."""
+
+    def every(seed: int) -> Tensor:
+        order = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(seed))
+        return order.to(torch.int16).view(FLOATS[dtype])
+
+    for seed, scale in enumerate((1e-6, 0.3, 300.0)):
+        coef = torch.tensor([scale, 0x9ABCDEF0 + seed], dtype=torch.float64)
+        args = (every(seed), every(seed + 10), every(0), None, coef, False, True, False)
+        assert_equal_after(ops.perturb_, reference.perturb_, args, monkeypatch)
+        args = (every(seed), every(seed + 10), every(seed + 20), every(seed + 30).abs(), None, None, None, None)
+        assert_equal_after(ops.adamw_l2sp_, reference.adamw_l2sp_, (*args, COEF, True, False), monkeypatch)
+
+
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_compiled_passes_treat_non_finite_gradients_as_the_reference_does(bad, monkeypatch):
     for dtype in ("fp32", "bf16"):
