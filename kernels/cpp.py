@@ -6,6 +6,7 @@ takes twice as long.
 
 import ctypes
 import functools
+import inspect
 
 import torch
 
@@ -91,7 +92,10 @@ def library(source: str) -> ctypes.CDLL:
     """The C++ source, built by what builds torch.compile's code and kept in its cache."""
     from torch._inductor.codecache import CppCodeCache
 
-    return CppCodeCache.load(source, device_type="cpu", extra_flags=_FLAGS)
+    # From torch 2.13 on: not to try out in processes which vector instructions work. `-march=native` has them all.
+    known = inspect.signature(CppCodeCache.load_async).parameters
+    options = {"needs_vec_isa": False} if "needs_vec_isa" in known else {}
+    return CppCodeCache.load(source, device_type="cpu", extra_flags=_FLAGS, **options)
 
 
 def threads(n: int) -> int:

@@ -1,5 +1,6 @@
 """The C++ of the dense passes is what the compiler vectorises; its numbers are held in fsam_triton/test_ops.py."""
 
+import inspect
 import shutil
 import subprocess
 
@@ -45,3 +46,16 @@ def test_loops_are_vectorized(dtype, monkeypatch, tmp_path):
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         assert "loop vectorized" in run.stderr, name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler")
+def test_no_process_tries_out_vector_instructions(monkeypatch, tmp_path):
+    """It takes seconds, and on a busy machine it fails, which made slow code of everything that was built then."""
+    from torch._inductor import codecache
+
+    if "needs_vec_isa" not in inspect.signature(codecache.CppCodeCache.load_async).parameters:
+        pytest.skip("this torch always does")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(codecache, "pick_vec_isa", lambda: pytest.fail("they are tried out"))
+    library = cpp.library.__wrapped__('extern "C" int answer() { return 42; }')
+    assert library.answer() == 42
