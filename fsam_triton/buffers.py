@@ -258,9 +258,8 @@ class Bucket:
         return tuple(active)
 
     def _check_parameters(self) -> None:
-        # All at once: a call a parameter would take as long as a whole pass of a sparse step.
-        same = [p.data_ptr() for p in self.memory()] == self._pointers
-        if not (same and all(p.dtype == self.dtype for p in self.params)):
+        # All at once: a call a parameter would take as long as a whole pass of a sparse step. A cast moves, too.
+        if [p.data_ptr() for p in self.memory()] != self._pointers:
             i, p = next((i, p) for i, p in enumerate(self.params) if not self.is_in_place(i))
             raise RuntimeError(
                 f"parameter {self.name(i)} was moved or replaced after the optimizer was made "
@@ -274,7 +273,7 @@ class Bucket:
         A master does so where the two differ, and keeps its extra bits elsewhere.
         """
         master = self.lanes.get("master")
-        if self.perturbed or (master is None and self.flat) or self.versions() == self._versions:
+        if self.perturbed or not self._has_copies() or self.versions() == self._versions:
             return
         for i, p in enumerate(self.params):
             if self.was_written(i):
@@ -283,6 +282,10 @@ class Bucket:
                     view, now = self.view(master, i), self.view(self.weight, i)
                     view.copy_(torch.where(view.to(self.dtype) == now, view, now.to(view.dtype)))
         self.remember_versions()
+
+    def _has_copies(self) -> bool:
+        """Whether, unperturbed, what somebody writes into a parameter is not all there is to it."""
+        return "master" in self.lanes or not self.flat
 
     def adopt_clean_weights(self) -> None:
         """While perturbed, take a parameter that somebody else wrote into (by loading weights) for a clean one."""
@@ -318,7 +321,8 @@ class Bucket:
         if torch.is_autocast_cache_enabled():
             # Autocast would go on with the 16-bit copies that it made of the weights before.
             torch.clear_autocast_cache()
-        self.remember_versions()
+        if self.perturbed or self._has_copies():
+            self.remember_versions()
         self._rounded = None
 
     def drop_grads(self, keep_views: bool) -> None:
