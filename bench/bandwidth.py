@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,11 @@ class Rates:
     updated: float
     written: float
 
+    @classmethod
+    def best(cls, measured: Sequence[Rates]) -> Rates:
+        """The highest of each."""
+        return cls(*(max(getattr(one, name) for one in measured) for name in ("read", "updated", "written")))
+
     def seconds(self, traffic: Traffic, weights: int) -> float:
         """The least time for so many weights: each stream at its rate, one after another."""
         streams = (traffic.read / self.read, 2 * traffic.updated / self.updated, traffic.written / self.written)
@@ -45,11 +50,11 @@ def least_seconds(run: Callable[[], object], device: str, rounds: int = 5) -> fl
     return min(times[1:])
 
 
-def measure_rates(buffer: torch.Tensor) -> Rates:
+def measure_rates(buffer: torch.Tensor, rounds: int = 5) -> Rates:
     """The rates now, for a flat tensor, whose numbers are lost."""
     device, n = buffer.device.type, buffer.nbytes
     return Rates(
-        read=n / least_seconds(buffer.sum, device),
-        updated=2 * n / least_seconds(lambda: buffer.mul_(0.5), device),
-        written=n / least_seconds(lambda: buffer.fill_(1.0), device),
+        read=n / least_seconds(buffer.sum, device, rounds),
+        updated=2 * n / least_seconds(lambda: buffer.mul_(0.5), device, rounds),
+        written=n / least_seconds(lambda: buffer.fill_(1.0), device, rounds),
     )

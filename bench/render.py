@@ -177,19 +177,27 @@ def scaling(run: Run) -> str:
     second = table(
         [f"tensors, {tensors[0]['weights']:,} fp32 weights", *names], lines(tensors, "tensors", milliseconds)
     )
-    slopes = ", ".join(f"{name}: {extra(tensors, name):.2f} µs" for name in names)
     image = f"![Time by weights and by tensors](images/{run.image('scaling')})"
-    return "\n\n".join([first, second, f"Each tensor more, from the first to the last row: {slopes}.", image])
+    return "\n\n".join([first, second, slopes(tensors), image])
 
 
 def milliseconds(row: Row | None) -> str:
     return "-" if row is None else f"{digits(row['min'] * 1e3)} ms"
 
 
-def extra(rows: list[Row], implementation: str) -> float:
-    """Microseconds that each tensor adds, from the fewest to the most."""
-    own = [row for row in rows if row["implementation"] == implementation]
-    return (own[-1]["min"] - own[0]["min"]) / (own[-1]["tensors"] - own[0]["tensors"]) * 1e6
+def slopes(rows: list[Row]) -> str:
+    """What each tensor adds, from the fewest to the most."""
+    found = []
+    for name in unique(row["implementation"] for row in rows):
+        own = [row for row in rows if row["implementation"] == name]
+        if more := own[-1]["tensors"] - own[0]["tensors"]:
+            found.append(f"{name}: {(own[-1]['min'] - own[0]['min']) / more * 1e6:.2f} µs")
+    return f"Each tensor more, from the fewest to the most: {', '.join(found)}."
+
+
+def host(run: Run) -> str:
+    """The work of the host by tensors."""
+    return f"{plain(run, 'host')}\n\n{slopes(run.suite('host'))}"
 
 
 def plain(run: Run, suite: str) -> str:
@@ -212,6 +220,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Run], str]]] = {
     "passes": ("passes", passes),
     "updates": ("updates", updates),
     "scaling": ("sizes", scaling),
+    "host": ("host", host),
 }
 
 

@@ -79,7 +79,7 @@ def test_memory_is_shown_per_weight():
 
 def test_cost_of_a_tensor_is_the_slope_from_the_fewest_to_the_most():
     rows = [row("sizes", "FSAM", 1e-3), row("tensors", "FSAM", 1e-3), row("tensors", "FSAM", 3e-3, tensors=1010)]
-    assert "Each tensor more, from the first to the last row: FSAM: 2.00 µs." in lines_of("scaling", run_of(*rows))
+    assert "Each tensor more, from the fewest to the most: FSAM: 2.00 µs." in lines_of("scaling", run_of(*rows))
 
 
 def test_a_suite_without_a_table_of_its_own_is_shown_too():
@@ -91,6 +91,14 @@ def test_text_outside_the_marks_stays_and_old_tables_go():
     lines = lines_of("steps", run_of(row("steps", "FSAM", 1e-3)))
     assert (lines[0], lines[-1]) == ("before", "after")
     assert "old" not in lines
+
+
+def test_work_of_the_host_is_shown_with_what_each_tensor_adds():
+    rows = [row("host", name, 1e-3 * n, model=f"{n}", tensors=n) for n in (10, 110) for name in ("FSAM", "another")]
+    rows[-1]["min"] = 1.0
+    lines = lines_of("host", run_of(*rows))
+    assert "| SAM | 110 | another | 1.00e+03 ms | 9.09x | 14.00 MB |" in lines
+    assert "Each tensor more, from the fewest to the most: FSAM: 1000.00 µs, another: 9900.00 µs." in lines
 
 
 def test_runs_are_read_by_device(tmp_path):

@@ -96,6 +96,11 @@ def test_rates_count_bytes_both_ways():
     assert min(rates.read, rates.updated, rates.written) > 0
 
 
+def test_best_rates_are_the_highest_of_each_kind():
+    measured = [Rates(read=40e9, updated=60e9, written=31e9), Rates(read=42e9, updated=50e9, written=30e9)]
+    assert Rates.best(measured) == Rates(read=42e9, updated=60e9, written=31e9)
+
+
 def test_models_have_their_published_sizes():
     sizes = {name: sum(map(math.prod, shapes())) for name, shapes in MODELS.items()}
     assert sizes == {

@@ -138,6 +138,8 @@ def _plot_lines(figure: Figure, landscapes: Mapping[str, Landscape]) -> None:
 
 
 def _plot_maps(figure: Figure, landscapes: Mapping[str, Landscape]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     losses = torch.cat([landscape.losses.flatten() for landscape in landscapes.values()])
     low, high = float(losses.min()), float(losses.max())
     # Equal steps of the root of the rise: close to the minimum losses grow as a square.
@@ -150,4 +152,5 @@ def _plot_maps(figure: Figure, landscapes: Mapping[str, Landscape]) -> None:
         axes.contour(x, x, z.T, levels, colors="white", linewidths=0.4)
         axes.plot(0, 0, marker="+", color="red")
         axes.set(title=title, xlabel="first direction", ylabel="second direction", aspect="equal")
-    figure.colorbar(drawn, ax=list(all_axes), label="mean loss", format="%.3g")
+    # Round numbers at heights of their own: one a level would be crowded where the loss is low.
+    figure.colorbar(drawn, ax=list(all_axes), label="mean loss", spacing="proportional", ticks=MaxNLocator(6))
