@@ -16,6 +16,8 @@ _COMMON = r"""
 constexpr int64_t CHUNK = 16384;
 
 #define IN_PARALLEL _Pragma("omp parallel for schedule(static) num_threads(threads)")
+// No element depends on another; with so many arrays the compiler would not find out.
+#define IN_ANY_ORDER _Pragma("GCC ivdep")
 
 template <typename T>
 inline T* at(const int64_t* pointers, int which) { return reinterpret_cast<T*>(pointers[which]); }
@@ -122,7 +124,7 @@ inline C stochastic(C x, int32_t, C) { return x; }
 inline uint32_t key_of(double coef) { return uint32_t(int64_t(coef)); }
 
 // Elements after one another that a thread takes; those of a word if there is a mask.
-constexpr int64_t ROW = MASKED ? 32 : 4096;
+constexpr int ROW = MASKED ? 32 : 4096;
 """
 
 _PERTURB = r"""
@@ -135,26 +137,30 @@ extern "C" void perturb(const int64_t* pointers, int64_t n, int threads) {
   const C scale = C(coef[0]);
   const uint32_t key = key_of(coef[1]);
   const float probability = RANDOM ? float(coef[2]) : 0;
+  const auto move = [=](int64_t i, uint32_t word, int bit, uint32_t place) __attribute__((always_inline)) {
+    const T old = weight[i];
+    if (BACKUP) backup[i] = old;
+    C w = widened(old), eps = scale * widened(grad[i]);
+    if (ADAPTIVE) eps *= w * w;
+    uint32_t moved = finite(eps);
+    if (MASKED) moved &= word >> bit & 1;
+    const uint32_t bits = random_bits(place + key);
+    if (RANDOM) moved &= uint32_t(uniform(low_half(bits)) < probability);
+    w += choose(moved, eps, C(0));
+    if (STOCHASTIC) w = stochastic(w, high_half(bits), T{});
+    store_narrow(weight[i], w);
+    if (ZERO_GRAD) store(grad[i], C(0));
+  };
   IN_PARALLEL
   for (int64_t start = 0; start < n; start += ROW) {
-    const int64_t stop = std::min(start + ROW, n);
-    const uint32_t word = MASKED ? mask[start / 32] : 0;
-    uint32_t place = uint32_t(start) * STRIDE;
-    // No element depends on another; with so many arrays the compiler would not find out.
-    _Pragma("GCC ivdep")
-    for (int64_t i = start; i < stop; i++, place += STRIDE) {
-      const T old = weight[i];
-      if (BACKUP) backup[i] = old;
-      C w = widened(old), eps = scale * widened(grad[i]);
-      if (ADAPTIVE) eps *= w * w;
-      uint32_t moved = finite(eps);
-      if (MASKED) moved &= word >> (i - start) & 1;
-      const uint32_t bits = random_bits(place + key);
-      if (RANDOM) moved &= uint32_t(uniform(low_half(bits)) < probability);
-      w += choose(moved, eps, C(0));
-      if (STOCHASTIC) w = stochastic(w, high_half(bits), T{});
-      store_narrow(weight[i], w);
-      if (ZERO_GRAD) store(grad[i], C(0));
+    const uint32_t word = MASKED ? mask[start / 32] : 0, place = uint32_t(start) * STRIDE;
+    // The last row may be shorter. With the length of all others known, those of 32 take half the time.
+    if (n - start >= ROW) {
+      IN_ANY_ORDER
+      for (int k = 0; k < ROW; k++) move(start + k, word, k, place + k * STRIDE);
+    } else {
+      IN_ANY_ORDER
+      for (int k = 0; k < n - start; k++) move(start + k, word, k, place + k * STRIDE);
     }
   }
 }
@@ -181,7 +187,7 @@ extern "C" void adamw_l2sp(const int64_t* pointers, int64_t n, int threads) {
   for (int64_t start = 0; start < n; start += ROW) {
     const int64_t stop = std::min(start + ROW, n);
     uint32_t place = uint32_t(start) * STRIDE;
-    _Pragma("GCC ivdep")
+    IN_ANY_ORDER
     for (int64_t i = start; i < stop; i++, place += STRIDE) {
       const C old_w = MASTER ? C(master[i]) : C(widened(BACKUP ? backup[i] : weight[i]));
       const C own = widened(grad[i]);
