@@ -1,4 +1,4 @@
-"""Write the tables and plots of docs/performance.md from the JSON of the pytest-benchmark suites.
+"""Write the tables and plots of docs/performance.md, and the README's table, from the JSON of the benchmark suites.
 
     python -m bench.render
 
@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
 RESULTS = ROOT / "bench" / "results"
 IMAGES = ROOT / "docs" / "images"
 
@@ -84,13 +84,20 @@ def nanoseconds(row: Row) -> float:
     return row["min"] / row["weights"] * 1e9
 
 
+def times(row: Row, ours: Row) -> float:
+    """How often the time of `ours` a row's is, both as multiples of the limit that the memory had then.
+
+    It may have been faster for one of them: they are minutes apart.
+    """
+    return ours["fraction"] / row["fraction"]
+
+
 def figures(row: Row | None, ours: Row | None = None) -> str:
     """Time per weight, how often it is that of `ours`, and the share of the bandwidth."""
     if row is None:
         return "-"
-    ratio = "" if ours in (None, row) else f" ({row['min'] / ours['min']:.2f}x)"
-    share = f", {row['fraction']:.0%}" if "fraction" in row else ""
-    return f"{digits(nanoseconds(row))} ns{ratio}{share}"
+    ratio = "" if ours in (None, row) else f" ({times(row, ours):.2f}x)"
+    return f"{digits(nanoseconds(row))} ns{ratio}, {row['fraction']:.0%}"
 
 
 def bandwidth(run: Run) -> str:
@@ -122,6 +129,25 @@ def steps(run: Run) -> str:
             lines.append([name, f"{needed:.4g}", *cells])
         out.append(f"{precision}:\n\n" + table(["", "bytes", *models], lines))
     return "\n\n".join([*out, f"![Time of a SAM step](images/{run.image('steps')})"])
+
+
+def speed(run: Run, model: str = "BERT-base") -> str:
+    """How often the time of our step the others' is."""
+    own = [row for row in run.suite("steps") if row["model"] == model and row["subject"] == "SAM"]
+    columns = {
+        "fp32": ("fp32", "FSAM"),
+        "bf16, rounding to nearest": ("bf16", "FSAM, rounding to nearest"),
+        "bf16, stochastic rounding": ("bf16", "FSAM"),
+        "bf16, fp32 masters": ("bf16+master", "FSAM"),
+    }
+    lines = []
+    for name in unique(row["implementation"] for row in own if not row["implementation"].startswith("FSAM")):
+        cells = []
+        for precision, ours in columns.values():
+            pair = [pick(own, precision=precision, implementation=one) for one in (name, ours)]
+            cells.append("-" if None in pair else f"{times(*pair):.1f}x")
+        lines.append([name, *cells])
+    return table(["", *columns], lines)
 
 
 def memory(run: Run, model: str = "BERT-base") -> str:
@@ -217,6 +243,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Run], str]]] = {
     "bandwidth": ("steps", bandwidth),
     "steps": ("steps", steps),
     "memory": ("steps", memory),
+    "speed": ("steps", speed),
     "passes": ("passes", passes),
     "updates": ("updates", updates),
     "scaling": ("sizes", scaling),
@@ -304,7 +331,8 @@ def _plot_scaling(run: Run, by_weights: Any, by_tensors: Any) -> None:
 
 def main() -> None:
     runs = load()
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(render(page.read_text(encoding="utf-8"), runs), encoding="utf-8")
     for run in runs:
         draw(run)
 

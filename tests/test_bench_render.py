@@ -8,7 +8,7 @@ from tests.test_fidelity import load_bench
 
 load_bench()
 
-from bench.render import PAGE, Run, draw, load, render  # noqa: E402
+from bench.render import PAGES, Run, draw, load, render  # noqa: E402
 
 MACHINE = {"cpu": "A CPU", "threads": 2, "torch": "2.13.0"}
 
@@ -43,8 +43,9 @@ def lines_of(block, *runs):
     return page.split("\n")
 
 
-def test_page_shows_the_committed_results():
-    page = PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_page_shows_the_committed_results(path):
+    page = path.read_text(encoding="utf-8")
     assert render(page, load()) == page, "run `python -m bench.render`"
 
 
@@ -66,6 +67,23 @@ def test_a_ratio_is_to_the_first_of_the_same_algorithm_precision_and_model():
     )
     assert "| GSAM | 48 | 2.00 ns, 40% | - |" in lines
     assert "| another | 48 | 3.00 ns (1.50x), 27% | - |" in lines
+
+
+def test_speed_compares_with_ours_of_the_same_precision_and_rounding():
+    run = run_of(
+        row("steps", "FSAM", 1e-3, precision="bf16"),
+        row("steps", "FSAM, rounding to nearest", 5e-4, precision="bf16"),
+        row("steps", "another", 3e-3, precision="bf16"),
+        row("steps", "FSAM", 2e-3),
+        row("steps", "another", 4e-3),
+    )
+    assert "| another | 2.0x | 6.0x | 3.0x | - |" in lines_of("speed", run)
+
+
+def test_times_are_compared_at_equal_bandwidth():
+    """The second one took as long, but the memory was twice as fast."""
+    run = run_of(row("steps", "FSAM", 1e-3), row("steps", "another", 1e-3, fraction=0.4))
+    assert "| another | 48 | 1.00 ns (2.00x), 40% |" in lines_of("steps", run)
 
 
 def test_bandwidth_is_shown_with_its_range():
