@@ -26,6 +26,7 @@ from fsam_triton.analysis import (
     plot_mask_density,
     worst_case_sharpness,
 )
+from fsam_triton.analysis.landscape import _plot_maps
 from tests.training import assert_same_bits, assert_unchanged, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -626,6 +627,17 @@ def test_plot_is_an_image_and_matplotlib_warns_of_nothing(plot, tmp_path, recwar
     plot(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert [str(warning.message) for warning in recwarn if issubclass(warning.category, UserWarning)] == []
+
+
+@pytest.mark.parametrize("rise", [1e-5, 0.1, 300.0])
+def test_no_two_heights_of_a_map_have_one_label(rise):
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    _plot_maps(figure, {"": Landscape(BOWL.coordinates, 0.6931 + rise * BOWL.losses)})
+    figure.draw_without_rendering()
+    labels = [label.get_text() for label in figure.axes[-1].get_yticklabels()]
+    assert len(set(labels)) == len(labels) > 2
 
 
 @pytest.mark.parametrize(("suffix", "head"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
