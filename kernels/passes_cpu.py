@@ -91,7 +91,8 @@ extern "C" void surrogate_gap(const int64_t* pointers, int64_t n, int threads) {
 """
 
 _ROUNDING = r"""
-// Of an element, `index * STRIDE + key`; multiplied out for each, it would be the slowest instruction of a loop.
+// Of an element, `index * STRIDE + key`. Loops add up the products, or their index counts from the start of a row: a
+// multiplication of each element's own index would be their slowest instruction.
 constexpr uint32_t STRIDE = 0x9E3779B1u;
 inline uint32_t random_bits(uint32_t x) {
   x ^= x >> 15;
@@ -116,6 +117,7 @@ inline float stochastic(float x, int32_t rand, BF16) {
 }
 inline float stochastic(float x, int32_t rand, FP16) {
   float y = nudged(x, (rand >> 3) | 1, 1.0f / 8192, 1.0f / 1024, 1.0f / 16777216);
+  // What is too large to be nudged must become an infinity, not the largest number.
   y = choose(y > 65504.0f, 65504.0f, choose(y < -65504.0f, -65504.0f, y));
   return choose(std::fabs(x) < 0x1p100f, y, x);
 }
