@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fsam_triton import FSAM, FisherMask
-from fsam_triton.finetune import Arguments, encode, load_model, load_tokenizer, model_path
-from fsam_triton.texts import label_names, read_bbc_news
+from fsam_triton.finetune.models import encode, load_model, load_tokenizer, model_path
+from fsam_triton.finetune.options import Arguments
+from fsam_triton.finetune.texts import label_names, read_bbc_news
 
 from .workloads import bert_base_shapes, make_parameters
 

@@ -23,16 +23,10 @@ import transformers
 
 from bench.records import Record, record
 from fsam_triton import FishMask, save_delta
-from fsam_triton.finetune import (
-    Arguments,
-    Trainer,
-    choose_mask,
-    encode,
-    load_empty_model,
-    load_tokenizer,
-    model_path,
-)
-from fsam_triton.texts import hold_out, label_names, read_bbc_news
+from fsam_triton.finetune.models import encode, load_empty_model, load_tokenizer, model_path
+from fsam_triton.finetune.options import Arguments
+from fsam_triton.finetune.texts import hold_out, label_names, read_bbc_news
+from fsam_triton.finetune.training import Trainer, choose_mask
 
 DENSE, AS_FEW = "dense", "FISH, as few"
 # The options of each method. `Task` adds the share that makes FISH's weights as few as BitFit's.

@@ -15,9 +15,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from fsam_triton.finetune import Arguments, encode, load_model, load_tokenizer, model_path
+from fsam_triton.finetune.models import encode, load_model, load_tokenizer, model_path
+from fsam_triton.finetune.options import Arguments
+from fsam_triton.finetune.texts import label_names, read_bbc_news
 from fsam_triton.fisher import estimate_fisher
-from fsam_triton.texts import label_names, read_bbc_news
 
 
 def loop(model: torch.nn.Module, batches: list[dict[str, Tensor]], num_samples: int) -> dict[str, Tensor]:

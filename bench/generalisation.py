@@ -27,8 +27,10 @@ import torch
 import transformers
 
 from bench.records import Record, find, record, recorded
-from fsam_triton.finetune import Arguments, Trainer, encode, load_tokenizer, model_path
-from fsam_triton.texts import Texts, label_names, read_bbc_news, read_texts
+from fsam_triton.finetune.models import encode, load_tokenizer, model_path
+from fsam_triton.finetune.options import Arguments
+from fsam_triton.finetune.texts import Texts, label_names, read_bbc_news, read_texts
+from fsam_triton.finetune.training import Trainer
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results/generalisation.jsonl"

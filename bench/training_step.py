@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fsam_triton import FSAM, AdamWL2SP, FisherMask, MomentumSAM, Schedule
-from fsam_triton.finetune import Arguments, model_path
-from fsam_triton.texts import label_ids, label_names, read_bbc_news
+from fsam_triton.finetune.models import model_path
+from fsam_triton.finetune.options import Arguments
+from fsam_triton.finetune.texts import label_ids, label_names, read_bbc_news
 
 PERIOD = 10
 

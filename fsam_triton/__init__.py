@@ -1,22 +1,26 @@
 """Sharpness-aware fine-tuning as cheap as memory traffic allows."""
 
-from .adamw_l2sp import AdamWL2SP
-from .delta import DeltaError, apply_delta, from_pretrained, merge_deltas, save_delta, save_pretrained
-from .distributed import SparseMerger
-from .fish import FishMask
+from .batches.mixup import Mixup, MixupDraw
+from .batches.samples import select_samples
+from .errors import ArgumentError
 from .fisher import estimate_fisher
-from .fsam import FSAM
-from .masks import FisherMask
-from .merge_files import load_merged
-from .mixup import Mixup, MixupDraw
-from .momentum_sam import MomentumSAM
-from .samples import select_samples
-from .schedule import Schedule
-from .workers import WorkerError
+from .masks.perturbed import FisherMask
+from .masks.trained import FishMask
+from .optim.adamw_l2sp import AdamWL2SP
+from .optim.fsam import FSAM
+from .optim.momentum_sam import MomentumSAM
+from .optim.sam import SAM
+from .optim.schedule import Schedule
+from .sparse_training.delta import DeltaError, apply_delta, from_pretrained, merge_deltas, save_delta, save_pretrained
+from .sparse_training.merge_files import load_merged
+from .sparse_training.merger import SparseMerger
+from .sparse_training.workers import WorkerError
 
 __all__ = [
     "FSAM",
+    "SAM",
     "AdamWL2SP",
+    "ArgumentError",
     "DeltaError",
     "FishMask",
     "FisherMask",

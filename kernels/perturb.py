@@ -4,106 +4,140 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import BLOCK, WARPS, mask_bits
-from .rounding import high_half, low_half, random_bits, round_to, uniform
+from . import spec
+from .blocks import ALIGNED, BLOCK, FIRST_BLOCK, GRAD, LANES, OFFSET, WARPS, WEIGHT, locate, mask_bits, pointer
+from .rounding import high_half, low_half, random_bits, round_to, signed, widen
+from .segments import Segments
+
+_COLUMNS = tl.constexpr(len(spec.PERTURB))
+_SCALE, _CHANCE = (tl.constexpr(spec.PERTURB.index(name)) for name in ("scale", "chance"))
 
 
 @triton.jit
-def perturb_kernel(
+def _block(
+    first,
+    start,
+    left,
+    place,
+    weight_place,
+    grad_place,
     weight_ptr,
     grad_ptr,
     backup_ptr,
     mask_ptr,
     coef_ptr,
-    n,
+    key_ptr,
     ADAPTIVE: tl.constexpr,
-    MASKED: tl.constexpr,
-    BACKUP: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    ZERO_GRAD: tl.constexpr,
     RANDOM: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SIZE: tl.constexpr,
 ):
-    """w <- round(w + scale * s * g), s = w^2 (ASAM, arXiv 2102.11600 eq. 9) or 1 (SAM, arXiv 2010.01412 eq. 2).
-
-    A scale of zero leaves the weights as they are, whatever the gradient holds. If RANDOM each coordinate moves with a
-    probability of its own draw only (ESAM's stochastic weight perturbation, arXiv 2110.03141, section 3.1).
-
-    Args:
-        weight_ptr: weights, fp16/bf16/fp32/fp64, length n; written.
-        grad_ptr: gradient, same type and length; zeroed if ZERO_GRAD.
-        backup_ptr: same type and length; written if BACKUP (not needed where there are master weights).
-        mask_ptr: int32 words of 32 mask bits; if MASKED, only these coordinates move.
-        coef_ptr: fp64 [2]: scale = rho / norm, key of the random numbers; if RANDOM [3]: the probability minus 1/2, a
-            multiple of 2**-15.
-        n: number of elements; a multiple of BLOCK if EVEN.
-
-    Bytes per element: fp32 16 (read w, g; write w, backup); bf16 8; bf16 with a master, which is its backup, 6.
-    """
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
-    compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offs = tl.arange(0, BLOCK)
-    inside = None if EVEN else start + offs < n
-    weight_ptr += start
-    grad_ptr += start
+    compute: tl.constexpr = coef_ptr.dtype.element_ty
+    offs = first + tl.arange(0, SIZE)
+    inside = None if WHOLE else offs < left
+    weight_ptr = pointer(weight_ptr, weight_place, WHOLE)
 
-    w = tl.load(weight_ptr + offs, mask=inside)
-    if BACKUP:
-        tl.store(backup_ptr + start + offs, w, mask=inside)
-    scale = tl.load(coef_ptr).to(compute)
-    g = tl.load(grad_ptr + offs, mask=inside).to(compute)
-    w = w.to(compute)
-    eps = scale * g
+    clean = tl.load(weight_ptr + offs, mask=inside)
+    g = widen(tl.load(pointer(grad_ptr, grad_place, WHOLE) + offs, mask=inside), compute)
+    tl.store(pointer(backup_ptr, place, WHOLE) + offs, clean, mask=inside)
+    w = widen(clean, compute)
+    eps = tl.load(coef_ptr + _SCALE) * g
     if ADAPTIVE:
         eps *= w * w
     # Zero times an overflowed gradient is NaN.
     moved = tl.abs(eps) < float("inf")
-    if MASKED:
-        moved = moved & mask_bits(mask_ptr, start, offs, inside)
+    if mask_ptr is not None:
+        moved = moved & mask_bits(mask_ptr, place, offs, inside)
+    half = None
     if STOCHASTIC or RANDOM:
-        bits = random_bits(start + offs, tl.load(coef_ptr + 1).to(tl.int64).to(tl.uint32))
+        bits = random_bits(start, offs, tl.load(key_ptr))
+        half = high_half(bits)
     if RANDOM:
-        moved = moved & (uniform(low_half(bits)) < tl.load(coef_ptr + 2).to(tl.float32))
+        # Both times 2**16, as integers: the noise is odd and the bound even.
+        bound = (tl.load(coef_ptr + _CHANCE) * 65536).to(tl.int32)
+        moved = moved & (signed(low_half(bits)) < bound)
     w += tl.where(moved, eps, 0.0)
-    rand = high_half(bits) if STOCHASTIC else None
-    tl.store(weight_ptr + offs, round_to(w, rand, dtype, STOCHASTIC), mask=inside)
-    if ZERO_GRAD:
-        tl.store(grad_ptr + offs, tl.zeros([BLOCK], dtype), mask=inside)
+    tl.store(weight_ptr + offs, round_to(w, half, dtype, STOCHASTIC), mask=inside)
+
+
+@triton.jit(do_not_specialize=["weight_ptr", "grad_ptr"])
+def perturb_kernel(
+    table_ptr,
+    segments_ptr,
+    weight_ptr,
+    grad_ptr,
+    backup_ptr,
+    mask_ptr,
+    coef_ptr,
+    key_ptr,
+    ADAPTIVE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    RANDOM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """backup <- w, w <- round(w + scale s g), s = w^2 (ASAM, arXiv 2102.11600 eq. 9) or 1 (SAM, 2010.01412 eq. 2).
+
+    A program works on one block of one segment. Where eps is not finite the weight stays. If RANDOM each coordinate
+    moves with a probability of its own draw only (ESAM's stochastic weight perturbation, arXiv 2110.03141, section 3.1).
+
+    Args:
+        table_ptr: where the segments are, int64 [segments, len(spec.TABLE)].
+        segments_ptr: the segment of each program, int32 [blocks].
+        weight_ptr: from where the table counts weights, fp32/bf16/fp16/fp64; written.
+        grad_ptr: the same for gradients, of any float type.
+        backup_ptr: the weights' type [size]; written.
+        mask_ptr: int32 words of 32 mask bits [size / 32], only these coordinates move; or None.
+        coef_ptr: [segments, len(spec.PERTURB)], in the compute type: fp64 for fp64 weights, else fp32.
+        key_ptr: of the random numbers, int32 [segments]; read if STOCHASTIC or RANDOM.
+
+    Bytes per element: fp32 16 (read w, g; write w, backup), bf16 8; 1/8 with a mask.
+    """
+    segment, row, start, left = locate(table_ptr, segments_ptr, FIRST_BLOCK, BLOCK)
+    places = (tl.load(row + OFFSET) + start, tl.load(row + WEIGHT) + start, tl.load(row + GRAD) + start)
+    pointers = (weight_ptr, grad_ptr, backup_ptr, mask_ptr, coef_ptr + segment * _COLUMNS, key_ptr + segment)
+    if (left == BLOCK) & (tl.load(row + ALIGNED) != 0):
+        _block(0, start, left, *places, *pointers, ADAPTIVE, STOCHASTIC, RANDOM, True, BLOCK)
+    else:
+        first = 0
+        while first < left:
+            _block(first, start, left, *places, *pointers, ADAPTIVE, STOCHASTIC, RANDOM, False, LANES)
+            first += LANES
 
 
 def perturb_(
-    weight: torch.Tensor,
-    grad: torch.Tensor,
-    backup: torch.Tensor | None,
+    segments: Segments,
+    backup: torch.Tensor,
     mask: torch.Tensor | None,
     coef: torch.Tensor,
+    key: torch.Tensor,
     adaptive: bool,
     stochastic: bool,
-    zero_grad: bool,
-    random: bool = False,
+    random: bool,
 ) -> None:
     """Launch `perturb_kernel`; arguments as `reference.perturb_`."""
-    n = weight.numel()
-    if not n:
+    plan = segments.plan
+    if not segments or not plan.blocks:
         return
-    perturb_kernel[(triton.cdiv(n, BLOCK),)](
+    weight, grad = segments.anchor("weight"), segments.anchor("grad")
+    # Eight 16-bit elements a thread, where all arrays are of one type: accesses of 16 bytes here too.
+    half = weight.element_size() == grad.element_size() == 2
+    perturb_kernel[(plan.blocks,)](
+        segments.relative(),
+        plan.segment_of("blocks"),
         weight,
         grad,
         backup,
         mask,
         coef,
-        n,
+        key,
         ADAPTIVE=adaptive,
-        MASKED=mask is not None,
-        BACKUP=backup is not None,
         STOCHASTIC=stochastic and weight.element_size() == 2,
-        ZERO_GRAD=zero_grad,
         RANDOM=random,
-        EVEN=n % BLOCK == 0,
         BLOCK=BLOCK,
-        # Eight 16-bit elements a thread: accesses of 16 bytes here too, because all arrays are of one type.
-        num_warps=WARPS // 2 if weight.element_size() == 2 else WARPS,
+        LANES=LANES // 2 if half else LANES,
+        num_warps=WARPS // 2 if half else WARPS,
         enable_fp_fusion=False,
     )

@@ -1,18 +1,23 @@
 """The passes in plain PyTorch: the oracle of the kernels and of the C++, and what runs where no compiler is found.
 
-Every tensor is flat. A mask is int32 words, bit i % 32 of word i // 32 for element i.
+The functions of a pass work on one segment, in flat tensors; `norm_sq`, `gap`, `perturb_` and `descend_` at the end run
+them over all segments of a launch. A mask is int32 words, bit i % 32 of word i // 32 for element i.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-CHUNK = 16384
-# The generator's counters are 2**32 over the golden ratio apart, as in `rounding`; _WEYL is the same number, signed.
-WEYL = 0x9E3779B1
-_WEYL = WEYL - (1 << 32)
-_MIX = 0x2C1B3C6D
+from . import spec
+from .segments import Segments
+from .spec import CHUNK
+
+# The same number, signed.
+_WEYL = spec.WEYL - (1 << 32)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -22,7 +27,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def key_at(key: Tensor, offset: int | Tensor) -> Tensor:
     """The key, int64 in [0, 2**32), with which element 0 gets the numbers that element `offset` gets with `key`."""
-    return (key.to(torch.int64) + offset * WEYL) & 0xFFFFFFFF
+    return (key.to(torch.int64) + offset * spec.WEYL) & 0xFFFFFFFF
 
 
 def random_bits(like: Tensor, key: Tensor) -> Tensor:
@@ -30,7 +35,7 @@ def random_bits(like: Tensor, key: Tensor) -> Tensor:
     counters = torch.arange(like.numel(), dtype=torch.int32, device=key.device) * _WEYL
     x = counters + key.to(torch.int64).to(torch.int32)
     x = x ^ ((x >> 15) & 0x1FFFF)
-    return x * _MIX
+    return x * spec.MIX
 
 
 def high_half(bits: Tensor) -> Tensor:
@@ -49,25 +54,56 @@ def uniform(rand: Tensor) -> Tensor:
 
 
 def stochastic_round(x: Tensor, rand: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 `x` rounded stochastically to a value `dtype` (bf16 or fp16) can hold; see `rounding.stochastic_round`.
+    """fp32 `x` rounded to one of its two neighbours in `dtype`, so that the mean over `rand` is `x`.
+
+    bf16 numbers are the upper halves of fp32 ones: a random number is added to the bits and the lower half cut off, which
+    rounds away from zero with a probability of exactly the lower half's share. fp16: `round(x + (U - 1/2) step)`, U
+    uniform on odd multiples of 2**-13. A value that `dtype` can hold stays as it is, and a finite one stays finite.
 
     Args:
         x: fp32.
         rand: int32 in [-32768, 32768).
         dtype: bf16 or fp16.
+
+    Returns:
+        fp32 values that `dtype` can hold, where abs(x) < 2**100; others are left as they are.
     """
-    noise = ((rand >> 3) | 1).to(torch.float32) * 2.0**-13 if dtype == torch.float16 else uniform(rand)
+    if dtype == torch.bfloat16:
+        y = ((x.view(torch.int32) + (rand & 0xFFFF)) & -0x10000).view(torch.float32)
+        return torch.where(x.abs() < spec.LARGE, y, x)
     # The power of two below |x|, with the sign of x (Rump, "Error estimation of floating-point summation", alg. 3).
     q = x * float(2**23 + 1)
     binade = q - q * (1 - 2.0**-24)
-    # bf16 has 7 bits after the leading one and fp16 10; subnormals have the step of the smallest normal number.
-    digits, smallest = (7, 2.0**-133) if dtype == torch.bfloat16 else (10, 2.0**-24)
-    step = (binade * 2.0**-digits).abs().clamp(min=smallest)
+    # fp16 has 10 bits after the leading one; subnormals have the step of the smallest normal number.
+    step = (binade * 2.0**-10).abs().clamp(min=2.0**-24)
     shift = step * (1.5 * 2**23)
-    y = (x + step * noise + shift) - shift
-    if dtype == torch.float16:
-        y = y.clamp(-65504.0, 65504.0)
-    return torch.where(x.abs() < 2.0**100, y, x)
+    y = (x + step * (((rand >> 3) | 1).to(torch.float32) * 2.0**-13) + shift) - shift
+    return torch.where(x.abs() < spec.LARGE, y.clamp(-65504.0, 65504.0), x)
+
+
+def combine(weight: Tensor, remainder: Tensor) -> Tensor:
+    """The fp32 master weights of which `weight` is the rounding: their bits are those of the weights plus `remainder`.
+
+    Whatever somebody else has written into the weights is the master then, to within the old remainder. In fp16, where
+    the remainder of a subnormal number is large, one that does not fit the weight counts as zero.
+
+    Args:
+        weight: bf16 or fp16.
+        remainder: int16 for bf16, int32 for fp16.
+    """
+    wide = weight.float()
+    master = (wide.view(torch.int32) + remainder.to(torch.int32)).view(torch.float32)
+    return master if weight.dtype == torch.bfloat16 else torch.where(master.half() == weight, master, wide)
+
+
+def split(master: Tensor, weight: Tensor, remainder: Tensor) -> None:
+    """Write fp32 master weights as their rounding to nearest and what that lost; see `combine`.
+
+    Exact, except that half a step upwards (1 of 65,536 bf16 remainders) is kept as one fp32 step less.
+    """
+    weight.copy_(master)
+    lost = master.view(torch.int32) - weight.float().view(torch.int32)
+    remainder.copy_(lost.clamp(max=32767) if remainder.dtype == torch.int16 else lost)
 
 
 def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
@@ -83,17 +119,7 @@ def pack_mask(bits: Tensor) -> Tensor:
     return (bits.to(torch.int32) << lane).sum(1, dtype=torch.int32)
 
 
-def grad_norm_sq(grad: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Sum of (s g)^2 with s = |w| (ASAM, arXiv 2102.11600) if weights are given, else 1.
-
-    Args:
-        grad: gradient, fp16/bf16/fp32/fp64 [n].
-        weight: weights, same type [n], or None.
-        mask: int32 [ceil(n / 32)], sum over these coordinates only, or None for all.
-
-    Returns:
-        fp64 scalar; inf or NaN if any element is, counted or not, or if the sum overflows fp32.
-    """
+def _norm_sq(grad: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
     x = grad.to(compute_dtype(grad.dtype))
     if weight is not None:
         x = x * weight.to(x.dtype)
@@ -109,194 +135,223 @@ def _total(x: Tensor) -> Tensor:
     return x[:whole].view(-1, CHUNK).sum(1).sum(dtype=torch.float64) + x[whole:].sum().to(torch.float64)
 
 
-def surrogate_gap(first: Tensor, second: Tensor) -> Tensor:
-    """`<a, b>`, `<a, a>` and `<b, b>`: what GSAM's decomposition needs (arXiv 2203.08065, eq. 8).
-
-    Args:
-        first: a, fp16/bf16/fp32/fp64 [n].
-        second: b, fp16/bf16/fp32/fp64 [n].
-
-    Returns:
-        fp64 [3]; inf or NaN where a tensor holds one, or where a sum overflows fp32 (no tensor being fp64).
-    """
-    dtype = torch.promote_types(compute_dtype(first.dtype), compute_dtype(second.dtype))
-    a, b = first.to(dtype), second.to(dtype)
+def _gap(first: Tensor, second: Tensor) -> Tensor:
+    a, b = first.to(compute_dtype(first.dtype)), second.to(compute_dtype(second.dtype))
     return torch.stack([_total(a * b), _total(a * a), _total(b * b)])
 
 
-def perturb_(
+def _perturb_(
     weight: Tensor,
     grad: Tensor,
-    backup: Tensor | None,
+    backup: Tensor,
     mask: Tensor | None,
     coef: Tensor,
+    key: Tensor,
     adaptive: bool,
     stochastic: bool,
-    zero_grad: bool,
-    random: bool = False,
+    random: bool,
 ) -> None:
-    """w <- round(w + scale * s * g), s = w^2 (ASAM, arXiv 2102.11600 eq. 9) or 1 (SAM, arXiv 2010.01412 eq. 2).
-
-    A scale of zero leaves the weights as they are, whatever the gradient holds. With `random` each coordinate moves
-    with a probability of its own draw only (ESAM's stochastic weight perturbation, arXiv 2110.03141, section 3.1).
-
-    Args:
-        weight: weights [n]; written.
-        grad: gradient, same type [n]; set to zero if zero_grad.
-        backup: same type [n], gets the clean weights, or None (where master weights are the backup).
-        mask: int32 [ceil(n / 32)], only these coordinates move, or None for all.
-        coef: fp64 [2]: scale = rho / norm, key of the random numbers, in ``[0, 2**32)``; with `random` [3]: the
-            probability minus 1/2, a multiple of 2**-15.
-        adaptive: ASAM's scaling.
-        stochastic: round 16-bit weights stochastically.
-        zero_grad: whether to clear the gradient.
-        random: move a random part of the coordinates.
-    """
-    if backup is not None:
-        backup.copy_(weight)
-    w = weight.to(compute_dtype(weight.dtype))
-    scale = coef[0].to(w.dtype)
-    eps = scale * grad.to(w.dtype)
+    c = _named(spec.PERTURB, coef)
+    backup.copy_(weight)
+    w = weight.to(coef.dtype)
+    eps = c.scale * grad.to(coef.dtype)
     if adaptive:
         eps = eps * (w * w)
     moved = eps.abs() < float("inf")
     if mask is not None:
         moved = moved & unpack_mask(mask, weight)
     if random:
-        moved = moved & (uniform(low_half(random_bits(weight, coef[1]))) < coef[2].to(torch.float32))
+        moved = moved & (uniform(low_half(random_bits(weight, key))) < c.chance.to(torch.float32))
     w = w + torch.where(moved, eps, 0.0)
     if stochastic and weight.element_size() == 2:
-        w = stochastic_round(w, high_half(random_bits(weight, coef[1])), weight.dtype)
+        w = stochastic_round(w, high_half(random_bits(weight, key)), weight.dtype)
     weight.copy_(w)
-    if zero_grad:
-        grad.zero_()
 
 
-def adamw_l2sp_(
+def _adamw(c: SimpleNamespace, w: Tensor, g: Tensor, anchor: Tensor | None, state: Sequence[Tensor]) -> tuple:
+    """Algorithm 2 of arXiv 1711.05101; L2-SP, arXiv 1802.01483."""
+    m = state[0] + c.new1 * (g - state[0])
+    v = c.beta2 * state[1] + c.new2 * (g * g)
+    w = w * (1.0 - c.decay) if anchor is None else w - c.decay * (w - anchor)
+    top = torch.maximum(state[2], v) if len(state) == 3 else v
+    denom = top.sqrt() * c.inv_sqrt_bias2 + c.eps
+    w = w - c.step_size * torch.where(denom > 0, m / denom, 0.0)
+    return w, (m, v, top)[: len(state)], v < float("inf")
+
+
+def _sgd(c: SimpleNamespace, w: Tensor, g: Tensor, anchor: Tensor | None, state: Sequence[Tensor]) -> tuple:
+    """As torch.optim.SGD, whose decay is a part of the gradient."""
+    d = g + c.decay * (w if anchor is None else w - anchor)
+    if not state:
+        return w - c.lr * d, (), d.abs() < float("inf")
+    buffer = c.momentum * state[0] + c.new * d
+    return w - c.lr * (c.of_grad * d + c.of_buffer * buffer), (buffer,), buffer.abs() < float("inf")
+
+
+def _lion(c: SimpleNamespace, w: Tensor, g: Tensor, anchor: Tensor | None, state: Sequence[Tensor]) -> tuple:
+    """Algorithm 2 of arXiv 2302.06675."""
+    u = c.beta1 * state[0] + c.new1 * g
+    m = state[0] + c.new2 * (g - state[0])
+    w = w * (1.0 - c.decay) if anchor is None else w - c.decay * (w - anchor)
+    return w - c.lr * torch.sign(u), (m,), m.abs() < float("inf")
+
+
+_RULES = {"adamw": _adamw, "sgd": _sgd, "lion": _lion}
+
+
+def _descend_(
     weight: Tensor,
+    clean: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    backup: Tensor | None,
-    master: Tensor | None,
+    other: Tensor | None,
+    state: Sequence[Tensor],
+    remainder: Tensor | None,
     anchor: Tensor | None,
+    ema: Tensor | None,
+    orthogonal: Tensor | None,
     coef: Tensor,
+    key: Tensor,
+    rule: str,
     stochastic: bool,
-    zero_grad: bool,
-    other_grad: Tensor | None = None,
-    keep_orthogonal: bool = False,
-    perturb: bool = False,
-    ema: Tensor | None = None,
 ) -> None:
-    """AdamW (arXiv 1711.05101, alg. 2) from the clean weights, decaying to zero or to an anchor (L2-SP, 1802.01483).
+    c, compute = _named(spec.DESCEND[rule], coef), coef.dtype
+    old_w = clean.to(compute) if remainder is None else combine(clean, remainder)
+    own = grad.to(compute)
+    g = own * c.factor
+    if other is not None:
+        second = c.other * other.to(compute)
+        if orthogonal is not None:
+            orthogonal.copy_(own - second)
+        else:
+            g = g + torch.where(second.abs() < float("inf"), second, 0.0)
+    old_state = [lane.to(compute) for lane in state]
+    wide_anchor = None if anchor is None else anchor.to(compute)
+    w, new_state, update = _RULES[rule](c, old_w, g, wide_anchor, old_state)
+    w = torch.where(update, w, old_w)
+    bits = random_bits(weight, key) if stochastic and weight.element_size() == 2 and remainder is None else None
+    for i, (lane, new, old) in enumerate(zip(state, new_state, old_state, strict=True)):
+        new = torch.where(update, new, old)
+        if bits is not None and lane.element_size() == 2 and rule == "adamw" and i > 0:
+            new = stochastic_round(new, low_half(bits), lane.dtype)
+        lane.copy_(new)
+    if remainder is not None:
+        split(w, weight, remainder)
+    else:
+        weight.copy_(w if bits is None else stochastic_round(w, high_half(bits), weight.dtype))
+        w = weight.to(compute)
+    if ema is not None:
+        change = c.rate * (w - ema)
+        ema.copy_(torch.where(change.abs() < float("inf"), ema + change, ema))
+
+
+def _named(columns: Sequence[str], coef: Tensor) -> SimpleNamespace:
+    return SimpleNamespace(**dict(zip(columns, coef, strict=True)))
+
+
+def _active(segments: Segments) -> Iterator[int]:
+    return (i for i, active in enumerate(segments.active) if active and segments.plan.lengths[i])
+
+
+def norm_sq(segments: Segments, adaptive: bool, mask: Tensor | None) -> Tensor:
+    """Sum of (s g)^2 over all segments, with s = abs(w) (ASAM, arXiv 2102.11600) if adaptive, else 1.
+
+    Args:
+        segments: gradients in any float type, and weights.
+        adaptive: scale by the weights.
+        mask: int32 [size / 32], sum over these coordinates only; None for all.
+
+    Returns:
+        fp64 scalar; inf or NaN if any element is, counted or not, or if the sum of a chunk overflows the compute type.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=segments.plan.device)
+    for i in _active(segments):
+        words = None if mask is None else segments.plan.words(mask, i)
+        total = total + _norm_sq(segments.flat("grad", i), segments.flat("weight", i) if adaptive else None, words)
+    return total
+
+
+def gap(segments: Segments) -> Tensor:
+    """`<a, b>`, `<a, a>` and `<b, b>`, a the other gradients, b the gradients: GSAM's terms (arXiv 2203.08065, eq. 8).
+
+    Returns:
+        fp64 [3]; inf or NaN where a tensor holds one, or where the sum of a chunk overflows the compute type.
+    """
+    total = torch.zeros(3, dtype=torch.float64, device=segments.plan.device)
+    for i in _active(segments):
+        total = total + _gap(segments.flat("other", i), segments.flat("grad", i))
+    return total
+
+
+def perturb_(
+    segments: Segments,
+    backup: Tensor,
+    mask: Tensor | None,
+    coef: Tensor,
+    key: Tensor,
+    adaptive: bool,
+    stochastic: bool,
+    random: bool,
+) -> None:
+    """backup <- w, w <- round(w + scale s g), s = w^2 (ASAM, arXiv 2102.11600 eq. 9) or 1 (SAM, 2010.01412 eq. 2).
+
+    Where eps is not finite the weight stays. With `random` each coordinate moves with a probability of its own draw only
+    (ESAM's stochastic weight perturbation, arXiv 2110.03141, section 3.1).
+
+    Args:
+        segments: weights, written; gradients in any float type.
+        backup: lane in the weights' type [size]; written.
+        mask: int32 [size / 32], only these coordinates move; None for all.
+        coef: [segments, len(spec.PERTURB)], fp64 for fp64 weights, else fp32.
+        key: of the random numbers, int32 [segments].
+        adaptive: ASAM's scaling.
+        stochastic: round 16-bit weights stochastically.
+        random: move a random part of the coordinates.
+    """
+    for i in _active(segments):
+        words = None if mask is None else segments.plan.words(mask, i)
+        part = segments.plan.part(backup, i)
+        weight, grad = segments.flat("weight", i), segments.flat("grad", i)
+        _perturb_(weight, grad, part, words, coef[i], key[i], adaptive, stochastic, random)
+
+
+def descend_(
+    segments: Segments,
+    state: Sequence[Tensor],
+    remainder: Tensor | None,
+    anchor: Tensor | None,
+    ema: Tensor | None,
+    orthogonal: Tensor | None,
+    coef: Tensor,
+    key: Tensor,
+    rule: str,
+    stochastic: bool,
+) -> None:
+    """One step of an optimizer's rule from the clean weights, which also undoes a perturbation.
 
         g <- factor * g + other * other_grad  (GSAM, arXiv 2203.08065; LookSAM, 2203.02714; last term if there is one)
-        m <- m + (1 - beta1) (g - m);  v <- beta2 v + (1 - beta2) g^2
-        w <- w - decay (w - anchor) - step_size * m / (sqrt(v) * inv_sqrt_bias2 + eps)
+        w, state <- rule(w, g, state)         (see `_adamw`, `_sgd`, `_lion`)
+        ema <- ema + rate * (w - ema)         (of the new clean weights as they are stored; where that change is finite)
 
-    A coordinate whose scaled gradient or its square is not finite is only restored; a factor of NaN skips the whole
-    update. With `perturb` the clean weights go to the backup or the master, and the weights get w + scale * m, the
-    perturbation of the next step (Momentum-SAM, arXiv 2401.12033). With `ema` the average follows the new clean
-    weights, see `average_`.
+    A coordinate whose new state is not finite keeps its clean weight and its state; a factor of NaN skips the update.
 
     Args:
-        weight: weights [n]; written, and read unless a backup or a master is given.
-        grad: gradient, same type [n]; set to zero if zero_grad.
-        exp_avg, exp_avg_sq: moments, one float type [n]; written.
-        max_exp_avg_sq: running maximum of exp_avg_sq, same type [n] (AMSGrad), or None.
-        backup: clean weights, the weights' type [n], or None; written if perturb.
-        master: fp32 clean weights [n]; written; or None.
-        anchor: anchors, the weights' type [n], or None to decay to zero.
-        coef: fp64 [9]: factor, decay, 1 - beta1, beta2, 1 - beta2, step_size, inv_sqrt_bias2, eps, key; if needed
-            [12]: other, scale of the next perturbation, its key; with `ema` [13]: see `average_`.
-        stochastic: round 16-bit weights and second moments stochastically, where there is no master.
-        zero_grad: whether to clear the gradient.
-        other_grad: a second gradient, the weights' type [n], or None.
-        keep_orthogonal: do not add `other_grad` but write grad - other * other_grad over it (LookSAM's orthogonal
-            component, to be used again).
-        perturb: leave the weights perturbed along the new first moment; needs a backup or a master.
-        ema: average of the clean weights, fp32 (fp64 for fp64 weights) [n]; written; or None.
+        segments: weights, written; gradients and other gradients in the weights' type; where the clean weights are.
+        state: the rule's lanes (`spec.STATE`), one float type [size]; written.
+        remainder: of master weights, int16 (bf16) or int32 (fp16) [size]; written; see `combine`. None without them.
+        anchor: in the weights' type [size]; None to decay to zero.
+        ema: average of the clean weights, in the compute type [size]; written; or None.
+        orthogonal: in the weights' type [size]: gets `grad - other * other_grad` (LookSAM's component, to be used
+            again), and the other gradients are not added; or None.
+        coef: [segments, len(spec.DESCEND[rule])], fp64 for fp64 weights, else fp32: the compute type.
+        key: of the random numbers, int32 [segments].
+        rule: a name in `spec.DESCEND`.
+        stochastic: round 16-bit weights and second moments stochastically, where there are no master weights.
     """
-    c = coef.to(compute_dtype(weight.dtype))
-    old_w = (master if master is not None else backup if backup is not None else weight).to(c.dtype)
-    g = grad.to(c.dtype) * c[0]
-    if other_grad is not None:
-        other = c[9] * other_grad.to(c.dtype)
-        if keep_orthogonal:
-            other_grad.copy_(grad.to(c.dtype) - other)
-        else:
-            g = g + torch.where(other.abs() < float("inf"), other, 0.0)
-    old_m, old_v = exp_avg.to(c.dtype), exp_avg_sq.to(c.dtype)
-
-    m = old_m + c[2] * (g - old_m)
-    v = c[3] * old_v + c[4] * (g * g)
-    update = v < float("inf")
-    w = old_w * (1.0 - c[1]) if anchor is None else old_w - c[1] * (old_w - anchor.to(c.dtype))
-    top = v if max_exp_avg_sq is None else torch.maximum(max_exp_avg_sq.to(c.dtype), v)
-    denom = top.sqrt() * c[6] + c[7]
-    w = w - c[5] * torch.where(denom > 0, m / denom, 0.0)
-
-    w = torch.where(update, w, old_w)
-    v = torch.where(update, v, old_v)
-    m = torch.where(update, m, old_m)
-    exp_avg.copy_(m)
-    if max_exp_avg_sq is not None:
-        top = torch.where(update, top, max_exp_avg_sq.to(c.dtype))
-    if master is not None:
-        master.copy_(w)
-    elif stochastic and weight.element_size() == 2:
-        bits = random_bits(weight, coef[8])
-        w = stochastic_round(w, high_half(bits), weight.dtype)
-        if exp_avg_sq.element_size() == 2:
-            v = stochastic_round(v, low_half(bits), exp_avg_sq.dtype)
-            top = stochastic_round(top, low_half(bits), exp_avg_sq.dtype)
-    exp_avg_sq.copy_(v)
-    if max_exp_avg_sq is not None:
-        max_exp_avg_sq.copy_(top)
-    if perturb:
-        clean = backup if master is None else master
-        clean.copy_(w)
-        shift_(weight, clean, exp_avg, coef, stochastic)
-    else:
-        weight.copy_(w)
-        clean = weight if master is None else master
-    if ema is not None:
-        average_(ema, clean, coef)
-    if zero_grad:
-        grad.zero_()
-
-
-def shift_(weight: Tensor, clean: Tensor, exp_avg: Tensor, coef: Tensor, stochastic: bool) -> None:
-    """w <- round(clean + scale * m): the end of `adamw_l2sp_` with `perturb`, from what that has stored.
-
-    Args:
-        weight: weights [n]; written.
-        clean: clean weights, the weights' type [n], or fp32 master weights.
-        exp_avg: first moments, a float type [n].
-        coef: as for `adamw_l2sp_`.
-        stochastic: round 16-bit weights stochastically, unless `clean` is a master.
-    """
-    c = coef.to(compute_dtype(weight.dtype))
-    eps = c[10] * exp_avg.to(c.dtype)
-    w = clean.to(c.dtype) + torch.where(eps.abs() < float("inf"), eps, 0.0)
-    if stochastic and clean.element_size() == 2:
-        w = stochastic_round(w, high_half(random_bits(weight, coef[11])), weight.dtype)
-    weight.copy_(w)
-
-
-def average_(ema: Tensor, clean: Tensor, coef: Tensor) -> None:
-    """ema <- ema + rate * (clean - ema) where that is a finite change: the end of `adamw_l2sp_` with `ema`.
-
-    From what that has stored.
-
-    Args:
-        ema: fp32 (fp64 for fp64 weights) [n]; written.
-        clean: clean weights, the weights' type [n], or fp32 master weights.
-        coef: as for `adamw_l2sp_`; [12] is the rate, or NaN to leave the average as it is.
-    """
-    change = coef[12].to(ema.dtype) * (clean.to(ema.dtype) - ema)
-    ema.copy_(torch.where(change.abs() < float("inf"), ema + change, ema))
+    lanes = [*state, remainder, anchor, ema, orthogonal]
+    for i in _active(segments):
+        parts = [None if lane is None else segments.plan.part(lane, i) for lane in lanes]
+        tensors = (segments.flat(name, i) for name in ("weight", "clean", "grad", "other"))
+        _descend_(*tensors, parts[: len(state)], *parts[len(state) :], coef[i], key[i], rule, stochastic)
 
 
 def magnitude_key(values: Tensor, wide: bool) -> Tensor:

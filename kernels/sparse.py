@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .blocks import WARPS
-from .sparse_cpu import jobs_of
+from .jobs import jobs_of
 
 # One element a thread: there are no neighbours that one access could take together.
 BLOCK = 256

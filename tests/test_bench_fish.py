@@ -11,7 +11,7 @@ load_bench()
 
 from bench.fish import AS_FEW, DENSE, Task, best, format_table  # noqa: E402
 from fsam_triton import FishMask  # noqa: E402
-from fsam_triton.finetune import load_empty_model  # noqa: E402
+from fsam_triton.finetune.models import load_empty_model  # noqa: E402
 
 
 def test_learning_rate_is_that_of_the_highest_accuracy_then_of_the_lowest_loss():

@@ -34,7 +34,7 @@ from bench.generalisation import (  # noqa: E402
     stratified,
 )
 from bench.records import recorded  # noqa: E402
-from fsam_triton.texts import Texts, read_bbc_news  # noqa: E402
+from fsam_triton.finetune.texts import Texts, read_bbc_news  # noqa: E402
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "evidence.md"
 CHOICES = {method: (1e-4, METHODS[method].grid[0]) for method in METHODS}

@@ -10,7 +10,8 @@ import shlex
 
 import pytest
 
-from fsam_triton.options import Arguments
+from fsam_triton.finetune.checks import check_arguments
+from fsam_triton.finetune.options import Arguments
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = (
@@ -76,7 +77,7 @@ def parsed(words):
 
 @pytest.mark.parametrize("words", list(command_lines()))
 def test_command_line_of_a_page_is_accepted(words):
-    parsed(words).check()
+    check_arguments(parsed(words))
 
 
 def test_recipes_have_the_updates_and_warm_up_of_the_fsam_codes_scripts():

@@ -39,6 +39,7 @@ def test_wheel_has_every_module_of_every_package(wheel):
     folders = {
         "fsam_triton": ROOT / "fsam_triton",
         "fsam_triton/analysis": ROOT / "fsam_triton" / "analysis",
+        "fsam_triton/finetune": ROOT / "fsam_triton" / "finetune",
         "fsam_triton/fisher": ROOT / "fsam_triton" / "fisher",
         "fsam_triton/integrations": ROOT / "fsam_triton" / "integrations",
         "fsam_triton/kernels": ROOT / "kernels",
@@ -58,7 +59,7 @@ def test_wheel_says_that_it_is_typed(wheel):
 
 
 def test_wheel_has_the_template_of_the_report(wheel):
-    assert "fsam_triton/templates/report.html" in wheel.namelist()
+    assert "fsam_triton/finetune/templates/report.html" in wheel.namelist()
 
 
 def test_wheel_has_the_license(wheel):

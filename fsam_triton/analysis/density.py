@@ -11,14 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import check
-from ..masks import FisherMask
+from ..masks.perturbed import FisherMask
 from .figures import written_figure
 
 
 def mask_density(optimizer: Optimizer, model: nn.Module) -> dict[str, float]:
     """How much of each of a model's parameters the optimizer's `FisherMask` lets be perturbed.
 
-    As `FisherMask.density_by_tensor`, but by the model's names, and for all of its parameters. (A `FishMask`, which
+    As `FSAM.mask_density`, but by the model's names, and for all of its parameters. (A `FishMask`, which
     says what is trained, knows the names by itself: `FishMask.density_by_tensor`.)
 
     Args:
@@ -45,7 +45,7 @@ def mask_density(optimizer: Optimizer, model: nn.Module) -> dict[str, float]:
     mask = getattr(optimizer, "mask", None)
     check(isinstance(mask, FisherMask), "optimizer", type(optimizer).__name__, "must be an FSAM with a FisherMask")
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    density = dict(zip(params, mask.density_by_tensor().values(), strict=True))
+    density = dict(zip(params, optimizer.mask_density().values(), strict=True))
     return {name: density.get(p, 0.0) for name, p in model.named_parameters()}
 
 

@@ -1,4 +1,4 @@
-"""FSAM and MomentumSAM in Lightning's Trainer, where its own loop would not make whole sharpness-aware steps."""
+"""FSAM in Lightning's Trainer, where its own loop would not make whole sharpness-aware steps."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from ..fsam import FSAM
-from ..momentum_sam import MomentumSAM
+from ..optim.two_pass import TwoPass
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,7 +23,6 @@ class SharpnessAware(Callback):
       passes the others again too.
     - ``precision="16-mixed"``: Lightning evaluates once, which is plain AdamW; this callback calls ``perturb(scaler)``
       and passes all micro-batches again.
-    - `MomentumSAM`: this callback brings the clean weights into the model for validation and at the end.
 
     The micro-batches of a step are kept until the next one. The second pass calls ``training_step`` and
     ``on_after_backward`` again.
@@ -44,7 +42,7 @@ class SharpnessAware(Callback):
         self._batches.append((batch, batch_idx))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not isinstance(optimizer, FSAM) or not pl_module.automatic_optimization:
+        if not isinstance(optimizer, TwoPass) or not pl_module.automatic_optimization:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is None and optimizer.perturbed:
@@ -57,7 +55,7 @@ class SharpnessAware(Callback):
 
     @staticmethod
     def _pass_again(
-        trainer: Trainer, pl_module: LightningModule, optimizer: FSAM, batches: list[tuple[Any, int]]
+        trainer: Trainer, pl_module: LightningModule, optimizer: TwoPass, batches: list[tuple[Any, int]]
     ) -> None:
         # training_step may do without batch_idx.
         count = len(inspect.signature(pl_module.training_step).parameters)
@@ -74,18 +72,6 @@ class SharpnessAware(Callback):
     def on_exception(self, trainer: Trainer, *args: Any) -> None:
         _restore(trainer)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for optimizer in _momentum_sams(trainer):
-            optimizer.eval()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for optimizer in _momentum_sams(trainer) if trainer.state.fn == "fit" else ():
-            optimizer.train()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for optimizer in _momentum_sams(trainer):
-            optimizer.eval()
-
 
 def _has_gradients(optimizer: Optimizer) -> bool:
     return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
@@ -93,9 +79,5 @@ def _has_gradients(optimizer: Optimizer) -> bool:
 
 def _restore(trainer: Trainer) -> None:
     for optimizer in trainer.optimizers:
-        if isinstance(optimizer, FSAM):
+        if isinstance(optimizer, TwoPass):
             optimizer.restore()
-
-
-def _momentum_sams(trainer: Trainer) -> list[MomentumSAM]:
-    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, MomentumSAM)]

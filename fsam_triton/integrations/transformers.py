@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from ..adamw_l2sp import AdamWL2SP
+from ..optim.adamw_l2sp import AdamWL2SP
 from ..errors import check
-from ..fsam import FSAM
+from ..optim.fsam import FSAM
 
 
 def create_optimizer(

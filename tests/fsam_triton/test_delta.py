@@ -602,7 +602,7 @@ def test_adapter_gives_the_trained_model_with_its_labels_and_new_head(transforme
         assert back.config.id2label == LABELS
     tokens = torch.arange(10).view(2, 5)
     assert torch.equal(back(tokens).logits, model(tokens).logits)
-    assert sorted(os.listdir(tmp_path / "a" / "adapter")) == ["adapter_config.json", "adapter_delta.safetensors"]
+    assert sorted(os.listdir(tmp_path / "a" / "adapter")) == ["fsam_delta.safetensors", "fsam_delta_config.json"]
 
 
 def test_adapter_remembers_the_dtype_the_model_was_cast_to(transformers, base_dir, tmp_path):
@@ -622,7 +622,7 @@ def test_base_may_have_a_head_for_other_labels(transformers, base_dir, tmp_path)
 def test_adapter_config_says_what_it_was_made_from_and_with(transformers, base_dir, tmp_path):
     model, mask = classifier(transformers, base_dir)
     save_pretrained(model, mask, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "fsam_delta_config.json").read_text())
     assert config["base_model_name_or_path"] == str(base_dir)
     assert config["architecture"] == "BertForSequenceClassification"
     assert config["dtype"] == "float32"
@@ -652,7 +652,7 @@ def test_new_parameters_that_are_not_selected_whole_are_named(transformers, base
 def test_adapter_files_of_two_savings_are_told_apart(transformers, base_dir, tmp_path):
     model, mask = classifier(transformers, base_dir)
     save_pretrained(model, mask, tmp_path)
-    save_delta(trained(model, mask, seed=3), mask, tmp_path / "adapter_delta.safetensors")
+    save_delta(trained(model, mask, seed=3), mask, tmp_path / "fsam_delta.safetensors")
     with pytest.raises(DeltaError, match="is damaged, or not the one"):
         from_pretrained(base_dir, tmp_path)
 
@@ -660,16 +660,16 @@ def test_adapter_files_of_two_savings_are_told_apart(transformers, base_dir, tmp
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"delta_sha256": 1}'])
 def test_damaged_adapter_config_is_refused(transformers, base_dir, content, tmp_path):
     save_pretrained(*classifier(transformers, base_dir), tmp_path)
-    (tmp_path / "adapter_config.json").write_text(content)
-    with pytest.raises(DeltaError, match=r"adapter_config.json was not written by save_pretrained, or is damaged"):
+    (tmp_path / "fsam_delta_config.json").write_text(content)
+    with pytest.raises(DeltaError, match=r"fsam_delta_config.json was not written by save_pretrained, or is damaged"):
         from_pretrained(base_dir, tmp_path)
 
 
 @pytest.mark.parametrize("architecture", ["BertForEverything", "AutoConfig", "logging", "__name__"])
 def test_architecture_that_is_no_model_of_transformers_is_refused(transformers, base_dir, architecture, tmp_path):
     save_pretrained(*classifier(transformers, base_dir), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "architecture": architecture}))
+    config = json.loads((tmp_path / "fsam_delta_config.json").read_text())
+    (tmp_path / "fsam_delta_config.json").write_text(json.dumps({**config, "architecture": architecture}))
     with pytest.raises(DeltaError, match=f"has no model '{architecture}'"):
         from_pretrained(base_dir, tmp_path)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsam_triton.kernels import reference, sparse, sparse_cpu
+from fsam_triton.kernels import cpu, reference, sparse
 from tests.kernel_cases import FLOATS, assert_same_bits, with_specials
 
 # Elements of each tensor and how many of them are chosen: none, fewer than a block, whole blocks, more.
@@ -20,7 +20,7 @@ def passes(request, interpret):
     """`gather_` and `scatter_`, as the kernel, the C++ and the reference do it."""
     if request.param == "kernel":
         return tuple(lambda *args, f=f: interpret(f, *args) for f in (sparse.gather_, sparse.scatter_))
-    module = sparse_cpu if request.param == "cpu" else reference
+    module = cpu if request.param == "cpu" else reference
     return module.gather_, module.scatter_
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsam_triton.kernels import reference, topk_mask, topk_mask_cpu
+from fsam_triton.kernels import cpu, reference, topk_mask
 from tests.kernel_cases import FLOATS, any_bits, ordinary, special_values
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS.keys())
@@ -18,7 +18,7 @@ every_dtype = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS.keys(
 def passes(request, interpret):
     """`digit_histogram` and `write_mask_`, as the kernels, the C++ and the reference do them."""
     if request.param != "kernel":
-        return topk_mask_cpu if request.param == "cpu" else reference
+        return cpu if request.param == "cpu" else reference
     return SimpleNamespace(
         digit_histogram=lambda *args: interpret(topk_mask.digit_histogram, *args),
         write_mask_=lambda *args: interpret(topk_mask.write_mask_, *args),
@@ -219,9 +219,9 @@ def test_threads_of_the_cpp_share_the_work_as_if_it_were_one(dtype):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        hist = topk_mask_cpu.digit_histogram(values, threshold, *((56, 7) if wide else (23, 8)), wide)
+        hist = cpu.digit_histogram(values, threshold, *((56, 7) if wide else (23, 8)), wide)
         mask = mask_words(values.numel())
-        left = topk_mask_cpu.write_mask_(mask, values, threshold, quota, wide)
+        left = cpu.write_mask_(mask, values, threshold, quota, wide)
     finally:
         torch.set_num_threads(before)
     expected = mask_words(values.numel())

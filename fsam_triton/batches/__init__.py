@@ -1,0 +1,1 @@
+"""What goes into a model: choosing samples of a batch, mixing texts."""

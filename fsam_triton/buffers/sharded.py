@@ -1,0 +1,177 @@
+"""Parameters sharded by FSDP2: lanes of the local shards, and sums over all shards."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from ..errors import check
+from ..kernels.reference import unpack_mask
+from .lanes import Lanes, Member
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, the same memory; any other tensor as it is."""
+    with torch.no_grad():
+        return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def shard_dims(p: Tensor) -> tuple[int, ...]:
+    """The dimensions of its mesh over which a DTensor is cut into shards."""
+    return tuple(i for i, placement in enumerate(p.placements) if placement.is_shard())
+
+
+def check_placements(label: str, p: DTensor) -> None:
+    """Refuse what is not whole, or cut by one dimension of the tensor for each of its mesh."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    fits = all(type(placement) in (Shard, Replicate) for placement in p.placements)
+    dims = [placement.dim for placement in p.placements if placement.is_shard()]
+    fits = fits and len(dims) == len(set(dims))
+    allowed = "must be Replicate or Shard, of another dimension of the tensor for each dimension of the mesh"
+    check(fits, f"placements of parameter {label}", p.placements, allowed)
+
+
+class ShardedLanes(Lanes):
+    """Lanes of the local shards of DTensors, which stay where FSDP2 reads them, and so do gradients.
+
+    Parts have the local shards' shapes, which may be empty; what others see of them are DTensors like the parameters.
+    """
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        super().__init__(members)
+        first = self.params[0]
+        mesh, dims = first.device_mesh, shard_dims(first)
+        self.shard_groups = tuple(mesh.get_group(dim) for dim in dims)
+        self.shards = math.prod(mesh.size(dim) for dim in dims)
+        self.shard_index = 0
+        for dim in dims:
+            self.shard_index = self.shard_index * mesh.size(dim) + mesh.get_local_rank(dim)
+        owners = owners_of(self.params)
+        self._owners = [weakref.ref(owner) for owner in dict.fromkeys(owners.values())]
+
+    def starts(self) -> list[int]:
+        """For each parameter how many of its weights, in the order of memory, the shards before this one have."""
+        if len(self.shard_groups) == 1:
+            return list(map(_start, self.params))
+        # Random numbers are of the elements' places; cut in two dimensions, shards need only differ.
+        return [self.shard_index * shape.numel() for shape in self.shapes]
+
+    def memory(self) -> list[Tensor]:
+        return [local(p) for p in self.params]
+
+    def versions(self) -> list[int]:
+        # In-place operations count on the DTensor or on its shard, according to which of them they were called on.
+        return [p._version + local(p)._version for p in self.params]
+
+    def _grads(self) -> list[Tensor | None]:
+        return [None if p.grad is None else local(p.grad) for p in self.params]
+
+    def _tell(self, params: list[Parameter]) -> None:
+        super()._tell(params)
+        # A forward pass that no backward pass followed (an evaluation) leaves the gathered weights of before.
+        for owner in self._owners:
+            if (module := owner()) is not None:
+                module.reshard()
+
+    def like_lane(self, i: int, tensor: Tensor) -> Tensor:
+        if not is_sharded(tensor) and tensor.shape == self.shapes[i]:
+            return tensor.detach()
+        return self._shard_of(i, tensor)
+
+    def _shapes_of(self, i: int, name: str) -> list[torch.Size]:
+        p = self.params[i]
+        return [p.shape, torch.Size([-(-p.numel() // 32)])] if name == "mask" else [p.shape]
+
+    def shown(self, name: str, i: int) -> Tensor:
+        return self.chosen(i) if name == "mask" else self.like_parameter(i, super().shown(name, i))
+
+    def chosen(self, i: int) -> Tensor:
+        return self.like_parameter(i, super().chosen(i))
+
+    def taken(self, i: int, name: str, value: Tensor) -> Tensor:
+        if name == "mask" and value.dtype != torch.bool:
+            p = self.params[i]
+            value = unpack_mask(value, torch.empty(p.numel(), device="meta")).view(p.shape)
+        return super().taken(i, name, self._shard_of(i, value))
+
+    def like_parameter(self, i: int, shard: Tensor) -> DTensor:
+        """A shard as a part of a DTensor like parameter i."""
+        from torch.distributed.tensor import DTensor
+
+        p = self.params[i]
+        return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+    def _shard_of(self, i: int, source: Tensor) -> Tensor:
+        """This rank's part of a tensor like parameter i, which need not be sharded."""
+        from torch.distributed.tensor import distribute_tensor
+
+        if is_sharded(source):
+            return local(source)
+        p = self.params[i]
+        source = source.detach().to(p.device)
+        return local(distribute_tensor(source, p.device_mesh, p.placements, src_data_rank=None))
+
+
+def _start(p: DTensor) -> int:
+    (dim,) = shard_dims(p)
+    # As torch.chunk cuts it: all shards but the last ones have the first one's length.
+    length, shards = p.shape[p.placements[dim].dim], p.device_mesh.size(dim)
+    before = min(length, -(-length // shards) * p.device_mesh.get_local_rank(dim))
+    return before * (p.numel() // max(length, 1))
+
+
+def owners_of(params: Iterable[Parameter]) -> dict[Parameter, Module]:
+    """The FSDP2 module that gathers each parameter: the innermost one that has it.
+
+    An optimizer is given parameters, not modules; the garbage collector knows the modules too.
+    """
+    params = set(params)
+    if not params:
+        return {}
+    from torch.distributed.fsdp import FSDPModule
+
+    modules = [m for m in gc.get_objects() if issubclass(type(m), FSDPModule)]
+    own = {m: list(m.parameters()) for m in modules}
+    outermost_first = sorted(modules, key=lambda m: -len(own[m]))
+    return {p: m for m in outermost_first for p in own[m] if p in params}
+
+
+def sum_over_shards(parts: Iterable[tuple[Lanes | None, Tensor]], home: torch.device) -> Tensor:
+    """Sum of tensors over lanes and, where their weights are shards of several, over these; the same on all ranks."""
+    sums: dict[Any, Tensor] = {}
+    for lanes, part in parts:
+        groups = lanes.shard_groups if lanes is not None else ()
+        part = part.to(home, non_blocking=True)
+        sums[groups] = sums[groups] + part if groups in sums else part.clone()
+    for groups, total in sums.items():
+        for group in groups:
+            dist.all_reduce(total, group=group)
+    return sum(sums.values(), torch.zeros((), dtype=torch.int64, device=home))
+
+
+def of_all_shards(lanes: Lanes, counts: Tensor) -> Tensor:
+    """The counts, int64 [n], of all shards in order, [shards, n]; of lanes that are whole, [1, n]."""
+    if not lanes.shard_groups:
+        return counts[None]
+    out = counts.new_zeros(lanes.shards, len(counts))
+    out[lanes.shard_index] = counts
+    for group in lanes.shard_groups:
+        dist.all_reduce(out, group=group)
+    return out

@@ -1,0 +1,148 @@
+"""Refuses options that cannot be used, or that contradict each other, before any training."""
+
+import dataclasses
+import math
+
+import torch
+
+from .. import FisherMask, FishMask
+from .errors import InputError
+from .optimizers import MIXUP_OPTION_OF, build_mixup, build_optimizer, naming_options
+from .options import ESAM, FISHER, MEANINGS, SAM_TYPES, TRAINABLE
+
+
+def check_arguments(arguments):
+    """Raise InputError for a value that would only fail, or mislead, once training is under way."""
+    for name in (
+        "save_steps",
+        "gradient_accumulation_steps",
+        "max_train_samples",
+        "max_eval_samples",
+        "max_seq_length",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "num_fisher_samples",
+        "local_steps",
+    ):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"Invalid --{name}: {value}; must be > 0")
+    for name in ("warmup_ratio", "rho_warmup_ratio"):
+        if not 0 <= getattr(arguments, name) <= 1:
+            raise InputError(f"Invalid --{name}: {getattr(arguments, name)}; must be between 0 and 1")
+    if not 0 <= arguments.label_smoothing_factor < 1:
+        raise InputError(f"Invalid --label_smoothing_factor: {arguments.label_smoothing_factor}; must be in [0, 1)")
+    if not arguments.max_grad_norm >= 0:
+        raise InputError(f"Invalid --max_grad_norm: {arguments.max_grad_norm}; must be >= 0")
+    if arguments.task_name and arguments.train_file:
+        raise InputError("--task_name and --train_file exclude each other")
+    if (arguments.validation_file or arguments.text_column_names) and not arguments.train_file:
+        raise InputError("--validation_file and --text_column_names need --train_file")
+    if arguments.text_columns and len(arguments.text_columns) > 2:
+        raise InputError(f"Invalid --text_column_names: {arguments.text_column_names}; must be one column or two")
+    _check_meaning(arguments)
+    _check_together(arguments)
+    build_mixup(arguments, total_steps=100)
+    with naming_options():
+        FisherMask(**arguments.of(FisherMask, "fisher-sam"))
+    # A throw-away model, because the optimizers themselves know best which values they accept. The mask takes all
+    # of it: `check_mask` looks whether it would take anything of the real one.
+    whole = dataclasses.replace(arguments, keep_ratio=1.0)
+    for sam_type in arguments.sam_type:
+        model = torch.nn.Linear(8, 8)
+        trainable = None if arguments.trains_all else FishMask.magnitude(model, keep_ratio=1.0)
+        build_optimizer(whole, sam_type, model, novel=(), total_steps=100, trainable=trainable)
+
+
+def _check_meaning(arguments):
+    """Raise InputError for an option that nothing asked for has a use for."""
+    for name in arguments.given:
+        meanings = [meaning for meaning in MEANINGS if meaning.option == name]
+        if not any(map(arguments.uses, meanings)):
+            users = set().union(*(meaning.users for meaning in meanings))
+            choices = {
+                f"--sam_type {' '.join(arguments.sam_type)}": SAM_TYPES,
+                f"--trainable {arguments.trainable}": TRAINABLE,
+            }
+            asked = " ".join(choice for choice, values in choices.items() if not users.isdisjoint(values))
+            only = ", ".join(user for user in (*SAM_TYPES, *TRAINABLE) if user in users)
+            raise InputError(f"--{name} has no meaning for {asked}, only for {only}")
+
+
+def _check_together(arguments):
+    """Raise InputError for options that contradict each other."""
+    by_tensor = arguments.beta_per == "tensor" and not ESAM.isdisjoint(arguments.sam_type)
+    selects = arguments.gamma < 1 and not ESAM.isdisjoint(arguments.sam_type)
+    masked = [sam_type for sam_type in arguments.sam_type if sam_type in FISHER]
+    for wrong, message in (
+        (
+            masked and not arguments.trains_all,
+            f"--trainable {arguments.trainable} and --sam_type {' '.join(masked)} exclude each other: "
+            "what is perturbed is what is trained",
+        ),
+        (arguments.save_delta and arguments.trains_all, "--save_delta needs --trainable fish, random or bitfit"),
+        (arguments.local_steps and arguments.trains_all, "--local_steps needs --trainable fish, random or bitfit"),
+        (
+            arguments.mask_interval >= 1 and not 1 <= arguments.mask_samples <= arguments.mask_interval,
+            f"Invalid --mask_samples: {arguments.mask_samples}; "
+            f"must be from 1 to --mask_interval {arguments.mask_interval}",
+        ),
+        (
+            arguments.local_steps and arguments.ema_decay is not None,
+            "--ema_decay and --local_steps exclude each other: workers merge weights, not averages of them",
+        ),
+        (
+            arguments.gradient_accumulation_steps > 1 and selects,
+            "--gradient_accumulation_steps with an esam type needs --gamma 1: samples are chosen from the whole batch",
+        ),
+        (
+            (arguments.save_steps or arguments.resume_from_checkpoint) and arguments.local_steps,
+            "--save_steps and --resume_from_checkpoint exclude --local_steps: a checkpoint is of one process",
+        ),
+        (
+            arguments.overwrite_output_dir and arguments.resume_from_checkpoint,
+            "--overwrite_output_dir and --resume_from_checkpoint exclude each other",
+        ),
+        (
+            (arguments.mixup_where or arguments.mixup_start is not None) and not arguments.mixes,
+            "--mixup_where and --mixup_start need --mixup_alpha or --mixup_lambda",
+        ),
+        (
+            arguments.mixes and selects,
+            "mixup with an esam type needs --gamma 1: rows are mixed with rows of the whole batch",
+        ),
+        (arguments.sam_reuse > 0 and arguments.sam_every == 1, "--sam_reuse needs --sam_every > 1"),
+        (arguments.sam_reuse > 0 and by_tensor, "--sam_reuse with an esam type needs --beta_per element"),
+        (arguments.rho_min > 0 and not arguments.rho_follows, "--rho_min needs --rho_follows"),
+        (
+            0 <= arguments.rho < arguments.rho_min,
+            f"Invalid --rho_min: {arguments.rho_min}; must be at most --rho {arguments.rho}",
+        ),
+        (
+            arguments.rho_warmup_ratio > 0 and arguments.rho_follows == "lr",
+            "--rho_warmup_ratio and --rho_follows lr exclude each other: the learning rate has its own warm-up",
+        ),
+        (
+            arguments.rho_follows == "lr" and arguments.learning_rate == 0,
+            "--rho_follows lr needs --learning_rate > 0",
+        ),
+    ):
+        if wrong:
+            raise InputError(message)
+
+
+def check_mask(arguments, model):
+    """Raise InputError if a mask would choose nothing of a model, which may be on the meta device."""
+    if not FISHER.isdisjoint(arguments.sam_type):
+        with naming_options():
+            mask = FisherMask(**arguments.of(FisherMask, "fisher-sam"))
+            mask.count([p.shape for name, p in model.named_parameters() if mask.selects_from(name, p)])
+
+
+def check_mixup(arguments, model):
+    """Raise InputError if nothing of a model, which may be on the meta device, can be mixed."""
+    mixup = build_mixup(arguments, total_steps=1)
+    if mixup is not None:
+        with naming_options(MIXUP_OPTION_OF), dataclasses.replace(mixup, start=0.0).draw(1, 0).applied(model):
+            pass

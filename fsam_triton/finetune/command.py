@@ -1,0 +1,200 @@
+"""What ``fsam-finetune`` does, from the words of the command line to the files that it writes."""
+
+import contextlib
+import gc
+import sys
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from .. import WorkerError, save_pretrained
+from ..sparse_training.delta import ADAPTER_CONFIG, ADAPTER_DELTA
+from . import html, probe
+from .checks import check_arguments, check_mask, check_mixup
+from .errors import InputError, one_line, writing
+from .models import encode, load_empty_model, load_tokenizer, model_path, save, text_length
+from .parser import parse
+from .results import Output, make_folder, run_folder, write_text
+from .texts import hold_out, label_names, read_bbc_news, read_glue, read_texts
+from .training import Trainer, choose_mask, join_workers
+
+try:
+    import psutil  # noqa: F401  (for the report, which would miss it only after training)
+    import transformers
+except ImportError:
+    transformers = None
+
+
+def read_data(arguments):
+    """Return the (training, validation) texts that the arguments ask for."""
+    if arguments.task_name:
+        train, validation = read_glue(arguments.task_name)
+    elif not arguments.train_file:
+        train, validation = read_bbc_news()
+    else:
+        train = read_texts(arguments.train_file, arguments.text_columns, arguments.label_column_name)
+        if arguments.validation_file:
+            validation = read_texts(arguments.validation_file, train.columns, arguments.label_column_name)
+        else:
+            train, validation = hold_out(train)
+    return train.sample(arguments.max_train_samples), validation.sample(arguments.max_eval_samples)
+
+
+@dataclass
+class Task:
+    """The model and the encoded texts that all runs have in common.
+
+    Args:
+        path: folder or hub name of the pretrained model.
+        names: the labels.
+        tokenizer: of the model.
+        train, validation: texts with labels.
+        test: texts without, or None.
+        description: the data in words.
+        length: tokens that texts are cut to.
+        sizes: weights of each of the model's parameters, by name.
+    """
+
+    path: str
+    names: list
+    tokenizer: object
+    train: list
+    validation: list
+    test: list | None
+    description: str
+    length: int
+    sizes: dict
+
+
+def prepare(arguments):
+    """Return the `Task` of the arguments.
+
+    Raises:
+        InputError: something the user gave cannot be used.
+    """
+    check_arguments(arguments)
+    train, validation = read_data(arguments)
+    names = label_names(train)
+    path = model_path(arguments)
+    tokenizer, empty = load_tokenizer(path), load_empty_model(path, names)
+    length = text_length(arguments.max_seq_length, tokenizer, empty, pairs=len(train.columns) == 2)
+    test = None
+    if arguments.test_file:
+        texts = read_texts(arguments.test_file, train.columns, arguments.label_column_name, labelled=False)
+        test = encode(tokenizer, texts, length)
+    description = f"{train.source}: {len(train)} training and {len(validation)} validation texts, {len(names)} labels"
+    train, validation = (encode(tokenizer, texts, length, names) for texts in (train, validation))
+    check_mask(arguments, empty)
+    check_mixup(arguments, empty)
+    sizes = {name: p.numel() for name, p in empty.named_parameters()}
+    return Task(path, names, tokenizer, train, validation, test, description, length, sizes)
+
+
+def finetune(arguments, argv=()):
+    """Do what the command line asks for; return the list of runs.
+
+    Args:
+        arguments: its options.
+        argv: the words that gave them, for the HTML report.
+
+    Raises:
+        InputError: something the user gave cannot be used; nothing has been trained then.
+        OutputError: a file cannot be written.
+    """
+    task = prepare(arguments)
+    if arguments.report:
+        html.check_installed()
+    output = Output(arguments, task.description)
+    if arguments.report:
+        make_folder("report", arguments.report)
+    rank, workers = join_workers(arguments)
+    arguments.total_steps(len(task.train), workers)  # which refuses too many workers
+
+    if rank == 0:
+        print(task.description, flush=True)
+        if task.length < arguments.max_seq_length:
+            print(f"texts are cut to {task.length} tokens: model and tokenizer take no more", flush=True)
+    mask = output.load_mask() or choose_mask(arguments, task.path, task.names, task.tokenizer, task.train)
+    if mask and arguments.save_steps:
+        output.save_mask(mask)
+    try:
+        train_all(arguments, task, output, mask, (rank, workers))
+    except BaseException:
+        if output.runs:
+            with contextlib.suppress(OSError):
+                output.finish(mask)
+        raise
+    if rank == 0:
+        output.finish(mask)
+        output.remove_checkpoint()
+        if arguments.report:
+            sharpness = probe.measure_sharpness(arguments, task)
+            with writing(arguments.report):
+                page = html.write_report(arguments, argv, task, output.runs, mask, sharpness)
+            print(f"report: {page}")
+    if workers > 1:
+        # A thread of gloo's that lets go of the last operation's tensors while Python shuts down aborts the process.
+        dist.barrier()
+        dist.destroy_process_group()
+    return output.runs
+
+
+def train_all(arguments, task, output, mask, worker):
+    """Make the runs that ``output`` has not, and save their models as soon as they are trained."""
+    steps = arguments.total_steps(len(task.train), worker[1])
+    for sam_type in arguments.sam_type[len(output.runs) :]:
+        trainer = Trainer(arguments, sam_type, task.path, task.names, task.tokenizer, steps, mask, worker)
+        if output.unfinished:
+            trainer.load_state_dict(output.unfinished)
+            output.unfinished = None
+        trainer.train(task.train, task.validation, output.save_checkpoint)
+        if worker[0] == 0:
+            output.runs.append(trainer.run)
+            save_run(arguments, task, output, mask, trainer, run_folder(arguments, sam_type))
+        # The next run's memory is to be its own: a model and its optimizer refer to each other.
+        del trainer
+        gc.collect()
+
+
+def save_run(arguments, task, output, mask, trainer, folder):
+    """Save a trained model, and what it predicts for the test texts."""
+    with trainer.final_weights():
+        if arguments.save_delta:
+            with writing(folder):
+                save_pretrained(trainer.model, mask, folder)
+            output.wrote(folder / ADAPTER_DELTA, folder / ADAPTER_CONFIG)
+        else:
+            output.wrote(*save(trainer.model, task.tokenizer, folder))
+    if task.test:
+        predictions = (task.names[i] for i in trainer.logits(task.test).argmax(-1).tolist())
+        lines = ["index\tprediction", *(f"{i}\t{prediction}" for i, prediction in enumerate(predictions))]
+        output.wrote(write_text(folder / "predict_results.tsv", "\n".join(lines) + "\n"))
+    if arguments.save_steps:
+        output.save_checkpoint()
+
+
+def main(argv=None):
+    """Run the command line.
+
+    Returns:
+        The exit status: 0; after one line on stderr 2 for what the user gave that cannot be used, 1 for a file that
+        cannot be written, 130 for Ctrl-C.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        arguments = parse(words)
+        if transformers is None:
+            raise InputError("transformers and accelerate are needed: pip install 'fsam-triton[transformers]'")
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        finetune(arguments, words)
+    except (InputError, WorkerError) as error:
+        print(f"fsam-finetune: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"fsam-finetune: error: {one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fsam-finetune: interrupted", file=sys.stderr)
+        return 130
+    return 0

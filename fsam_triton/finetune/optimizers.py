@@ -1,0 +1,106 @@
+"""Makes the optimizers and the mixup that the options ask for."""
+
+import contextlib
+import dataclasses
+import math
+
+from .. import FSAM, AdamWL2SP, FisherMask, Mixup, MomentumSAM, Schedule
+from ..errors import ArgumentError
+from .errors import InputError
+from .options import FISHER, MEANINGS
+
+# The option behind each name that an error of the library begins with.
+OPTION_OF = {meaning.argument: meaning.option for meaning in MEANINGS} | {
+    "learning rate": "learning_rate",
+    "beta parameter at index 0": "adam_beta1",
+    "beta parameter at index 1": "adam_beta2",
+    "eps value": "adam_epsilon",
+    "weight_decay value": "weight_decay",
+    "l2_sp value": "l2_sp",
+    "ema_decay": "ema_decay",
+}
+# The same for `Mixup`.
+MIXUP_OPTION_OF = {
+    "alpha": "mixup_alpha",
+    "lam": "mixup_lambda",
+    "where": "mixup_where",
+    "start": "mixup_start",
+}
+
+
+@contextlib.contextmanager
+def naming_options(option_of=OPTION_OF):
+    """Turn the library's ArgumentErrors into InputErrors that name the option instead of the argument."""
+    try:
+        yield
+    except ArgumentError as error:
+        name = option_of.get(error.name)
+        text = f"Invalid --{name}: {error.value!r}; {error.allowed}" if name else str(error)
+        raise InputError(text) from error
+
+
+def build_optimizer(arguments, sam_type, model, novel, total_steps, trainable=None):
+    """Return the optimizer of a run.
+
+    Args:
+        arguments: the options.
+        sam_type: one of `SAM_TYPES`.
+        model: its parameters are moved into the optimizer's buffers.
+        novel: names of the parameters that have no pretrained value.
+        total_steps: steps of the run.
+        trainable: the FishMask of the weights to train (default: None, all).
+
+    Raises:
+        InputError: an option is out of its range.
+    """
+    groups = [
+        {"params": [(n, p) for n, p in model.named_parameters() if p.ndim > 1], "weight_decay": arguments.weight_decay},
+        {"params": [(n, p) for n, p in model.named_parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    keywords = {
+        "lr": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "eps": arguments.adam_epsilon,
+        "max_grad_norm": arguments.max_grad_norm or None,
+        "l2_sp": arguments.l2_sp,
+        "seed": arguments.seed,
+        "ema_decay": arguments.ema_decay,
+        "trainable": trainable,
+    }
+    if arguments.l2_sp:
+        keywords["anchors"] = {n: p.detach().clone() for n, p in model.named_parameters() if n not in novel}
+    with naming_options():
+        if sam_type == "none":
+            return AdamWL2SP(groups, **keywords)
+        keywords |= arguments.of(FSAM, sam_type)
+        keywords["schedule"] = build_schedule(arguments, sam_type, total_steps)
+        if sam_type == "momentum-sam":
+            return MomentumSAM(groups, **keywords)
+        if sam_type == "asam":
+            return FSAM(groups, adaptive=True, **keywords)
+        if sam_type in FISHER:
+            keywords["mask"] = FisherMask(**arguments.of(FisherMask, sam_type))
+        return FSAM.from_sam_type(sam_type, groups, **keywords)
+
+
+def build_mixup(arguments, total_steps, rank=0):
+    """Return the `Mixup` of a run of so many steps, for a worker of this rank; None if the options ask for none.
+
+    Raises:
+        InputError: an option is out of its range.
+    """
+    if not arguments.mixes:
+        return None
+    given = {argument: getattr(arguments, name) for argument, name in MIXUP_OPTION_OF.items()}
+    with naming_options(MIXUP_OPTION_OF):
+        given = {argument: value for argument, value in given.items() if value is not None}
+        return Mixup(total_steps, seed=arguments.seed + rank, **given)
+
+
+def build_schedule(arguments, sam_type, total_steps):
+    """Return the `Schedule` of a run of so many steps."""
+    keywords = arguments.of(Schedule, sam_type)
+    warmup_ratio = keywords.pop("rho_warmup")
+    schedule = Schedule(total_steps=total_steps, **keywords)
+    warmup = math.ceil(warmup_ratio * (total_steps - schedule.first))
+    return dataclasses.replace(schedule, rho_warmup=warmup)

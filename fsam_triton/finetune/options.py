@@ -1,0 +1,251 @@
+"""The options of ``fsam-finetune``."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .. import FSAM, FisherMask, FishMask, Schedule, estimate_fisher
+from .errors import InputError
+
+# The optimizers, and how tables and plots call them.
+SAM_TYPES = {
+    "none": "AdamW",
+    "sam": "SAM",
+    "asam": "ASAM",
+    "esam": "ESAM",
+    "gsam": "GSAM",
+    "fisher-sam": "Fisher-SAM",
+    "fisher-esam": "Fisher-ESAM",
+    "fisher-gsam": "Fisher-GSAM",
+    "momentum-sam": "MomentumSAM",
+}
+# Which weights can be trained.
+TRAINABLE = ("all", "fish", "random", "bitfit")
+
+_SHARP = SAM_TYPES.keys() - {"none"}
+_TWO_PASSES = _SHARP - {"momentum-sam"}
+ESAM = {"esam", "fisher-esam"}
+_GSAM = {"gsam", "fisher-gsam"}
+FISHER = {"fisher-sam", "fisher-esam", "fisher-gsam"}
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """A use that the library has for an option; one option may have several.
+
+    Args:
+        option: its name.
+        owner: the class or function that takes it.
+        argument: what it is called there, and in that owner's errors.
+        default: its value where the command line does not give it.
+        users: the values of ``--sam_type`` or of ``--trainable`` that have this use for it.
+    """
+
+    option: str
+    owner: Callable
+    argument: str
+    default: float | str | None
+    users: set[str]
+
+
+MEANINGS = [
+    Meaning("rho", FSAM, "rho", 0.05, _SHARP),
+    Meaning("alpha", FSAM, "alpha", 0.4, _GSAM),
+    Meaning("beta", FSAM, "beta", 0.5, ESAM),
+    Meaning("gamma", FSAM, "gamma", 0.5, ESAM),
+    Meaning("beta_per", FSAM, "beta_per", "tensor", ESAM),
+    Meaning("keep_ratio", FisherMask, "keep_ratio", 0.1, FISHER),
+    Meaning("keep_ratio", FishMask, "keep_ratio", 0.005, {"fish", "random"}),
+    Meaning("num_fisher_samples", estimate_fisher, "num_samples", 1024, {"fish"}),
+    Meaning("mask_interval", FisherMask, "interval", 10, FISHER),
+    Meaning("mask_unit", FisherMask, "unit", "element", FISHER),
+    Meaning("mask_samples", FisherMask, "samples", 1, FISHER),
+    Meaning("mask_scores", FisherMask, "scores", "fisher", FISHER),
+    Meaning("mask_excluded", FisherMask, "excluded", "always", FISHER),
+    Meaning("mask_norm", FSAM, "mask_norm", "all", FISHER),
+    Meaning("sam_every", Schedule, "every", 1, _TWO_PASSES),
+    Meaning("sam_reuse", Schedule, "reuse", 0.0, _TWO_PASSES - _GSAM),
+    Meaning("sam_last", Schedule, "last", 1.0, _SHARP),
+    Meaning("rho_warmup_ratio", Schedule, "rho_warmup", 0.0, _SHARP),
+    Meaning("rho_follows", Schedule, "rho_follows", None, _SHARP),
+    Meaning("rho_min", Schedule, "rho_min", 0.0, _SHARP),
+]
+
+
+def option(default, text, **keywords):
+    """Return a dataclass field with a default and a line of ``--help``."""
+    return dataclasses.field(default=default, metadata={"help": text, **keywords})
+
+
+def tuning(text, **keywords):
+    """Return the field of an option whose default is in `MEANINGS`: None tells that it was not given."""
+    return option(None, text, **keywords)
+
+
+# The groups of ``--help``, by the option that each begins with.
+GROUPS = {
+    "model_name_or_path": "model and texts",
+    "output_dir": "output",
+    "sam_type": "what is trained, and by which optimizer",
+    "rho": "sharpness-aware steps",
+    "mask_interval": "Fisher masks (fisher types)",
+    "l2_sp": "regularization",
+    "num_train_epochs": "steps and batches",
+    "learning_rate": "AdamW and its learning rate",
+    "seed": "run",
+}
+
+
+@dataclass
+class Arguments:
+    """The options of the command line; the names are those of transformers' ``run_glue.py`` where it has them."""
+
+    model_name_or_path: str | None = option(
+        None, "folder or hub name (default: the packaged all-MiniLM-L6-v2)", metavar="MODEL"
+    )
+    task_name: str | None = option(None, "GLUE task, loaded with the datasets package")
+    train_file: str | None = option(None, ".csv, .tsv, .json or .jsonl (JSON: one object per line)", metavar="FILE")
+    validation_file: str | None = option(None, "the same formats (default: a fifth of --train_file)", metavar="FILE")
+    test_file: str | None = option(None, "the same formats, labels not needed: predictions are written", metavar="FILE")
+    text_column_names: str | None = option(
+        None, "column with the texts, or two with a comma between for pairs", metavar="NAME[,NAME]"
+    )
+    label_column_name: str = option("label", "column with the labels: strings or integers")
+    max_seq_length: int = option(96, "texts are cut to this many tokens")
+    max_train_samples: int | None = option(None, "train on this many texts, drawn at random (always the same)")
+    max_eval_samples: int | None = option(None, "validate on this many texts, drawn at random (always the same)")
+
+    output_dir: str = option("fsam-finetune-output", "folder for models, figures and the plot", metavar="FOLDER")
+    overwrite_output_dir: bool = option(False, "replace the files of an earlier run in --output_dir")
+    report: str | None = option(
+        None, "folder for report.html: curves, sharpness, loss landscapes and this command", metavar="FOLDER"
+    )
+    save_delta: bool = option(False, "save the trained weights alone, for fsam_triton.from_pretrained")
+    save_steps: int | None = option(None, "write a checkpoint to --output_dir every so many steps")
+    resume_from_checkpoint: bool = option(False, "continue from the checkpoint in --output_dir, with the same options")
+
+    sam_type: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "choices": list(SAM_TYPES),
+            "metavar": "TYPE",
+            "help": f"{', '.join(SAM_TYPES)}; several are compared "
+            "(default: none fisher-sam, or none sam unless all weights are trained)",
+        },
+    )
+    trainable: Literal[TRAINABLE] = option(
+        "all", "weights: all, a share by Fisher information, one at random, or biases; a new head always"
+    )
+    keep_ratio: float | None = tuning(
+        "fisher types: share of the weights that is perturbed; fish and random: share that is trained"
+    )
+    num_fisher_samples: int | None = tuning("fish: training texts that the Fisher information is estimated from")
+    local_steps: int | None = option(None, "with torchrun: workers merge the trained weights every so many steps")
+
+    rho: float | None = tuning("radius of the perturbation")
+    alpha: float | None = tuning("gsam types: weight of the surrogate gap")
+    beta: float | None = tuning("esam types: part of the tensors, or weights, that is perturbed")
+    beta_per: Literal["tensor", "element"] | None = tuning("esam types: what --beta draws")
+    gamma: float | None = tuning("esam types: part of the batch in the second pass")
+    sam_every: int | None = tuning("a sharpness-aware step every so many steps")
+    sam_reuse: float | None = tuning("LookSAM: weight of the last sharpness-aware gradient in the steps between")
+    sam_last: float | None = tuning("last part of the steps that is sharpness-aware")
+    rho_warmup_ratio: float | None = tuning("share of these steps over which rho rises from 0")
+    rho_follows: Literal["lr", "cosine"] | None = tuning(
+        "rho rises and falls as the learning rate does, or falls on half a cosine (default: it is constant)"
+    )
+    rho_min: float | None = tuning("where rho ends, with --rho_follows")
+
+    mask_interval: int | None = tuning("perturbations between two masks", aliases=["--mask_iter_e"])
+    mask_unit: Literal["element", "tensor", "row", 32, 128] | None = tuning("what is chosen as a whole")
+    mask_samples: int | None = tuning("perturbations whose squared gradients make a mask")
+    mask_scores: Literal["fisher", "random"] | None = tuning("what decides; random is a control")
+    mask_excluded: Literal["always", "never"] | None = tuning(
+        "perturb biases, embeddings and norm layers always or never"
+    )
+    mask_norm: Literal["all", "masked"] | None = tuning("norm over all gradients or the mask's")
+
+    l2_sp: float = option(0.0, "decay of the pretrained parameters towards their initial values")
+    ema_decay: float | None = option(None, "evaluate and save an average of the weights with this decay, 0.999 say")
+    mixup_alpha: float | None = option(None, "mixup, with lambda drawn for each step from Beta(alpha, alpha)")
+    mixup_lambda: float | None = option(None, "mixup, with this lambda; 0.5 in Mixup-Transformer")
+    mixup_where: Literal["pooled", "embeddings"] | None = option(None, "what mixup mixes (default: pooled)")
+    mixup_start: float | None = option(None, "share of the steps before mixup begins (default: 0.5)")
+    label_smoothing_factor: float = option(0.0, "share of each label that is spread over all labels")
+
+    num_train_epochs: float = option(4.0, "times the training texts are seen")
+    max_steps: int = option(-1, "if positive, the number of steps instead")
+    per_device_train_batch_size: int = option(16, "texts per batch of training")
+    gradient_accumulation_steps: int = option(1, "batches per step")
+    per_device_eval_batch_size: int = option(32, "texts per batch of evaluation")
+
+    learning_rate: float = option(2e-4, "peak learning rate; for BERT-sized models 2e-5 to 5e-5")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = option(
+        "linear", "schedule of the learning rate"
+    )
+    warmup_ratio: float = option(0.1, "share of the steps over which the learning rate rises")
+    weight_decay: float = option(0.01, "decay towards 0; not of biases and norm layers")
+    adam_beta1: float = option(0.9, "decay of AdamW's first moment")
+    adam_beta2: float = option(0.999, "decay of AdamW's second moment")
+    adam_epsilon: float = option(1e-8, "added to the root of the second moment")
+    max_grad_norm: float = option(1.0, "the descent gradient is clipped to this norm; 0: not at all")
+
+    seed: int = option(42, "of the new head, the batch order, dropout and a random mask")
+    bf16: bool = option(False, "torch.autocast in bfloat16 over fp32 weights")
+    use_cpu: bool = option(False, "stay on the CPU where there is a GPU")
+
+    def __post_init__(self):
+        self.sam_type = list(dict.fromkeys(self.sam_type or ["none", "fisher-sam" if self.trains_all else "sam"]))
+        self.given = list(dict.fromkeys(m.option for m in MEANINGS if getattr(self, m.option) is not None))
+        for meaning in MEANINGS:
+            name = meaning.option
+            if name not in self.given and (getattr(self, name) is None or self.uses(meaning)):
+                setattr(self, name, meaning.default)
+
+    @property
+    def device(self):
+        """The device that trains."""
+        return torch.device("cuda" if torch.cuda.is_available() and not self.use_cpu else "cpu")
+
+    @property
+    def trains_all(self):
+        """Whether all weights are trained."""
+        return self.trainable == "all"
+
+    @property
+    def mixes(self):
+        """Whether there is mixup."""
+        return self.mixup_alpha is not None or self.mixup_lambda is not None
+
+    @property
+    def text_columns(self):
+        """The text columns as a list, or None where the user named none."""
+        return self.text_column_names and [name.strip() for name in self.text_column_names.split(",")]
+
+    @property
+    def texts_per_step(self):
+        """Training texts in a step of one worker."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def total_steps(self, texts, workers=1):
+        """Return the steps of each worker in a run on so many training texts."""
+        steps = math.ceil(texts / self.texts_per_step) // workers
+        if steps == 0:
+            raise InputError(f"{workers} workers are more than an epoch has steps")
+        return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps)
+
+    def of(self, owner, sam_type):
+        """Return the arguments that a class of the library takes from these options, as a dict."""
+        return {
+            meaning.argument: getattr(self, meaning.option)
+            for meaning in MEANINGS
+            if meaning.owner is owner and sam_type in meaning.users
+        }
+
+    def uses(self, meaning):
+        """Whether an option has this use here."""
+        return not meaning.users.isdisjoint({*self.sam_type, self.trainable})

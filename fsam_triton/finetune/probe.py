@@ -1,0 +1,127 @@
+"""Measures how sharp models are on a small sample of texts, at a cost that is known beforehand."""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import analysis, from_pretrained
+from .errors import one_line
+from .models import draw_batches, load_model
+from .options import SAM_TYPES
+from .results import run_folder
+from .texts import SUBSET_SEED
+
+try:
+    import transformers
+    from tqdm import tqdm
+except ImportError:
+    transformers = None
+
+# Texts of the sample and of its batches; the radius in which sharpness is measured, and the steps to the worst case.
+TEXTS = 16
+BATCH = 8
+RHO = 0.05
+ASCENT_STEPS = 5
+# Of the sample's first batch: the eigenvalue's relative error, and how far the landscape reaches, in how many points.
+TOLERANCE = 0.05
+RADIUS = 0.5
+POINTS = 9
+
+
+@dataclass
+class Sharpness:
+    """What was measured of one model on the sample; NaN and None stand for what could not be.
+
+    Args:
+        name: which model.
+        loss: mean loss.
+        m_sharpness, worst_case, eigenvalue: see `fsam_triton.analysis`.
+        landscape: the loss around the weights.
+        problems: why something could not be measured.
+    """
+
+    name: str
+    loss: float = math.nan
+    m_sharpness: float = math.nan
+    worst_case: float = math.nan
+    eigenvalue: float = math.nan
+    landscape: analysis.Landscape | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+def measure_sharpness(arguments, task):
+    """Return the `Sharpness` of the model that every run started from, and of those that the runs have saved."""
+    start = time.perf_counter()
+    batches = list(draw_batches(task.tokenizer, task.train, TEXTS, BATCH, SUBSET_SEED))
+    print(f"measuring sharpness and loss landscapes of {1 + len(arguments.sam_type)} models", flush=True)
+    transformers.set_seed(arguments.seed)
+    with tqdm(total=4 + 5 * len(arguments.sam_type), unit="figure") as bar:
+        model, _ = load_model(task.path, task.names)
+        found = [measure("before training", model.to(arguments.device), batches, False, bar)]
+        for sam_type in arguments.sam_type:
+            folder = run_folder(arguments, sam_type)
+            if arguments.save_delta:
+                model = from_pretrained(None, folder)
+            else:
+                model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+            found.append(measure(SAM_TYPES[sam_type], model.to(arguments.device), batches, True, bar))
+    print(f"sharpness and landscapes: {time.perf_counter() - start:.0f} s")
+    return found
+
+
+def measure(name, model, batches, has_landscape, bar=None):
+    """Return the `Sharpness` of a transformers model; its embeddings require no gradient afterwards.
+
+    Args:
+        name: what to call it.
+        model: has a loss for the batches.
+        batches: the sample, as dicts of the model's inputs with ``labels``.
+        has_landscape: whether to measure the landscape too.
+        bar: a progress bar to say there what is being measured (default: None).
+    """
+    batches = [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
+    found = Sharpness(name)
+
+    def note(attribute, function, *arguments, **keywords):
+        words = attribute.replace("_", " ")
+        if bar is not None:
+            bar.set_description(f"{name}: {words}")
+        try:
+            setattr(found, attribute, function(model, _loss, *arguments, **keywords))
+        except (FloatingPointError, RuntimeError) as error:
+            found.problems.append(f"{name}, {words}: {one_line(error)}")
+        if bar is not None:
+            bar.update()
+
+    note("loss", _mean_loss, batches)
+    note("m_sharpness", analysis.m_sharpness, batches, RHO)
+    note("worst_case", analysis.worst_case_sharpness, batches, RHO, ASCENT_STEPS)
+    if has_landscape:
+        note("landscape", analysis.loss_landscape, batches[:1], radius=RADIUS, points=POINTS, seed=SUBSET_SEED)
+    note("eigenvalue", _top_eigenvalue, batches[:1])
+    return found
+
+
+def _loss(model, batch):
+    return model(**batch).loss
+
+
+@torch.no_grad()
+def _mean_loss(model, loss, batches):
+    model.eval()
+    return sum(loss(model, b).item() * len(b["labels"]) for b in batches) / sum(len(b["labels"]) for b in batches)
+
+
+def _top_eigenvalue(model, loss, batches):
+    """Of all weights but the embeddings: these are many, and so few texts use hardly any."""
+    import psutil
+
+    model.get_input_embeddings().requires_grad_(False)
+    # Lanczos keeps 16 numbers of 8 bytes for each weight.
+    needed = 128 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    free = psutil.virtual_memory().available
+    if needed > free / 2:
+        raise RuntimeError(f"needs {needed / 2**30:.1f} GiB of memory; {free / 2**30:.1f} GiB are free")
+    return analysis.hessian_eigenvalues(model, loss, batches, 1, TOLERANCE)[0]

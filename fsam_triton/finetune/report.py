@@ -1,0 +1,148 @@
+"""Measures a training run and reports several: peak memory, a table, a plot of the curves."""
+
+import statistics
+import threading
+from dataclasses import dataclass, field
+
+import torch
+
+from ..files import written_whole
+
+
+@dataclass
+class Run:
+    """What one training run left behind.
+
+    Args:
+        name: the optimizer, as the table and the plot call it.
+        losses: training loss of each step, before the step.
+        step_seconds: wall-clock seconds of each step.
+        evaluations: (step, accuracy, loss) on the validation texts, in the order they were made.
+        peak_memory_bytes: highest memory use seen while it ran; see `PeakMemory`.
+        mask_density: share of each parameter's weights that the last Fisher mask perturbs; empty without such a mask.
+    """
+
+    name: str
+    losses: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, float, float]] = field(default_factory=list)
+    peak_memory_bytes: int = 0
+    mask_density: dict[str, float] = field(default_factory=dict)
+
+    def summary(self):
+        """Return the figures of the table as a dict; the time is the median, which leaves out compiling."""
+        _, accuracy, loss = self.evaluations[-1]
+        return {
+            "eval_accuracy": accuracy,
+            "eval_loss": loss,
+            "seconds_per_step": statistics.median(self.step_seconds),
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+class PeakMemory:
+    """Context manager that measures the peak memory of what runs inside it, in ``bytes``.
+
+    On CUDA: the most the PyTorch allocator had handed out (``torch.cuda.max_memory_allocated``). Elsewhere: the most
+    resident memory of the process seen by a thread that looks every 10 ms, libraries and data included. (The
+    operating system's own maximum is of the process's whole life, so a second run could not be told from the first.)
+    """
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+        self.bytes = 0
+
+    @property
+    def meaning(self):
+        """What ``bytes`` counts, in words."""
+        return "CUDA memory allocated" if self.device.type == "cuda" else "process memory (sampled RSS)"
+
+    def __enter__(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._stop = threading.Event()
+            self._sampler = threading.Thread(target=self._sample, daemon=True)
+            self._sampler.start()
+        return self
+
+    def __exit__(self, *exception):
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self._stop.set()
+            self._sampler.join()
+
+    def _sample(self):
+        import psutil
+
+        process = psutil.Process()
+        while True:
+            self.bytes = max(self.bytes, process.memory_info().rss)
+            if self._stop.wait(0.01):
+                return
+
+
+def table_rows(runs):
+    """Return the figures of ``runs`` as rows of strings: the headings, then one row a run."""
+    rows = [("optimizer", "accuracy", "loss", "s/step", "peak MiB")]
+    for run in runs:
+        figures = run.summary()
+        rows.append(
+            (
+                run.name,
+                f"{figures['eval_accuracy']:.4f}",
+                f"{figures['eval_loss']:.4f}",
+                f"{figures['seconds_per_step']:.3f}",
+                f"{figures['peak_memory_bytes'] / 2**20:,.0f}",
+            )
+        )
+    return rows
+
+
+def table_note(memory_meaning):
+    """Return what the figures of the table are, in words."""
+    return f"accuracy and loss on the validation texts; s/step: median; peak MiB: {memory_meaning}"
+
+
+def format_table(runs, memory_meaning):
+    """Return the figures of ``runs`` as lines of text, one a run, under a heading."""
+    lines = [f"{name:<12}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in table_rows(runs)]
+    return "\n".join([*lines, table_note(memory_meaning)])
+
+
+def draw_losses(runs, axes):
+    """Draw the training loss of each run's steps."""
+    for run in runs:
+        axes.plot(range(1, len(run.losses) + 1), run.losses, label=run.name)
+    losses = [loss for run in runs for loss in run.losses]
+    # Within one decade the labels of a logarithmic scale are hard to read.
+    axes.set(xlabel="step", ylabel="training loss", yscale="log" if max(losses) > 10 * min(losses) else "linear")
+    _finish(axes)
+
+
+def draw_accuracies(runs, axes):
+    """Draw the validation accuracy of each run after the steps at which it was evaluated."""
+    for run in runs:
+        steps, accuracies, _ = zip(*run.evaluations, strict=True)
+        axes.plot(steps, accuracies, marker="o", label=run.name)
+    axes.set(xlabel="step", ylabel="validation accuracy")
+    _finish(axes)
+
+
+def _finish(axes):
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def plot_curves(runs, path):
+    """Write the training loss and the validation accuracy of ``runs`` as a PNG; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    draw_losses(runs, loss_axes)
+    draw_accuracies(runs, accuracy_axes)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

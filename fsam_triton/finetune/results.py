@@ -1,0 +1,174 @@
+"""Writes what the runs of a command line have given: figures, curves, masks and checkpoints."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from .. import FishMask
+from ..files import written_whole
+from .errors import InputError, OutputError, one_line, writing
+from .report import PeakMemory, Run, format_table, plot_curves
+
+RESULTS = "all_results.json"
+CHECKPOINT = "checkpoint.pt"
+MASK = "mask.safetensors"
+# Options that a run may be continued with, whatever they were before.
+_FREE = {"output_dir", "overwrite_output_dir", "report", "save_steps", "resume_from_checkpoint"}
+
+
+def run_folder(arguments, sam_type):
+    """Return the folder that a run's model is saved to."""
+    output = Path(arguments.output_dir)
+    return output / sam_type if len(arguments.sam_type) > 1 else output
+
+
+def make_folder(option, path):
+    """Return ``path``, the value of an option, as a folder that exists and can be written to."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder, prefix=".").close()
+    except OSError as error:
+        raise InputError(f"--{option} {path}: {error.strerror}") from error
+    return folder
+
+
+def write_text(path, text):
+    """Write a UTF-8 file, whole or not at all; return its path."""
+    with writing(path), written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+class Output:
+    """The folder of ``--output_dir``, the runs whose figures it is to have, and the files that were written to it.
+
+    Args:
+        arguments: the options.
+        description: the data in words; a checkpoint is of the same.
+
+    Raises:
+        InputError: the folder cannot be used, or has no checkpoint of these options.
+    """
+
+    def __init__(self, arguments, description):
+        self.arguments, self.description = arguments, description
+        self.folder = make_folder("output_dir", arguments.output_dir)
+        self.runs, self.files = [], set()
+        self.unfinished = None
+        if arguments.resume_from_checkpoint:
+            self._load_checkpoint()
+        elif not arguments.overwrite_output_dir and not all(e.name.startswith(".") for e in self.folder.iterdir()):
+            raise InputError(
+                f"--output_dir {self.folder}: not empty; --overwrite_output_dir replaces the files of an earlier run"
+            )
+        for sam_type in arguments.sam_type:
+            foreign = run_folder(arguments, sam_type) / "adapter_config.json"
+            if foreign.exists():
+                raise InputError(f"--output_dir: {foreign} is PEFT's, and would be loaded in place of the model")
+
+    def wrote(self, *paths):
+        """Note that files in the folder are this command's."""
+        self.files.update(path.relative_to(self.folder).as_posix() for path in paths)
+
+    def finish(self, mask):
+        """Print the table; write figures, curves and the mask, if there is one; remove the files of an earlier run."""
+        print(format_table(self.runs, PeakMemory(self.arguments.device).meaning))
+        if mask:
+            print(f"trained weights: {mask.count:,} of {mask.total:,} ({mask.density:.3%})")
+        results, curves, table = (self.folder / name for name in (RESULTS, "training_curves.png", "mask.txt"))
+        earlier = self._earlier_files()
+        plots = importlib.util.find_spec("matplotlib")
+        self.wrote(results, *([table, self.folder / MASK] if mask else []), *([curves] if plots else []))
+        if self.arguments.report and Path(self.arguments.report).resolve() == self.folder.resolve():
+            self.wrote(self.folder / "report.html")
+        content = {
+            "arguments": dataclasses.asdict(self.arguments),
+            "trained_weights": mask and mask.count,
+            "runs": [{**run.summary(), **dataclasses.asdict(run)} for run in self.runs],
+            "files": sorted(self.files),
+        }
+        write_text(results, json.dumps(content, indent=1) + "\n")
+        if mask:
+            write_text(table, mask.table() + "\n")
+            self.save_mask(mask)
+        if plots:
+            with writing(curves):
+                plot_curves(self.runs, curves)
+        else:
+            print("no training_curves.png: matplotlib is not installed", file=sys.stderr)
+        for name in earlier - self.files:
+            self._remove(name)
+        print(f"written to {self.folder}", flush=True)
+
+    def _earlier_files(self):
+        """Return the files that the results in the folder name as theirs."""
+        try:
+            return set(json.loads((self.folder / RESULTS).read_text(encoding="utf-8"))["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return set()
+
+    def _remove(self, name):
+        path = self.folder / name
+        if path.resolve().is_relative_to(self.folder.resolve()):
+            path.unlink(missing_ok=True)
+            if path.parent != self.folder and not any(path.parent.iterdir()):
+                path.parent.rmdir()
+
+    # -- the checkpoint ------------------------------------------------------------------------------------------------
+
+    def save_mask(self, mask):
+        """Write which weights are trained."""
+        with writing(self.folder / MASK):
+            mask.save(self.folder / MASK)
+
+    def load_mask(self):
+        """Return the mask of the runs that are continued; None where nothing is, or all weights are trained."""
+        if self.arguments.resume_from_checkpoint and not self.arguments.trains_all:
+            return FishMask.load(self.folder / MASK)
+        return None
+
+    def save_checkpoint(self, trainer=None):
+        """Write what `finish` and the run under way, if there is one, need to be continued."""
+        path = self.folder / CHECKPOINT
+        content = {
+            "options": self._options(),
+            "runs": [dataclasses.asdict(run) for run in self.runs],
+            "files": sorted(self.files),
+            "trainer": trainer and trainer.state_dict(),
+        }
+        try:
+            with writing(path), written_whole(path) as temporary:
+                torch.save(content, temporary)
+        except RuntimeError as error:  # of torch's own writer
+            raise OutputError(f"{path}: {one_line(error)}") from error
+
+    def remove_checkpoint(self):
+        """Remove it: all runs are finished."""
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+
+    def _load_checkpoint(self):
+        path = self.folder / CHECKPOINT
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise InputError(f"--resume_from_checkpoint: {path} does not exist") from error
+        except Exception as error:  # whatever torch and pickle raise for a damaged file
+            raise InputError(f"--resume_from_checkpoint: {path}: {one_line(error)}") from error
+        for name, value in self._options().items():
+            if content["options"].get(name) != value:
+                raise InputError(
+                    f"--resume_from_checkpoint: {name} is {value!r}; in {path} it is {content['options'].get(name)!r}"
+                )
+        self.runs, self.files = [Run(**run) for run in content["runs"]], set(content["files"])
+        self.unfinished = content["trainer"]
+
+    def _options(self):
+        """Return what a checkpoint and the command that continues it must have in common."""
+        options = {name: value for name, value in dataclasses.asdict(self.arguments).items() if name not in _FREE}
+        return {**options, "data": self.description}

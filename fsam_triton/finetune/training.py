@@ -1,0 +1,238 @@
+"""Trains a classifier: which weights, by which optimizer, in which order of texts."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import time
+
+import torch
+import torch.distributed as dist
+
+from .. import FSAM, FishMask, MixupDraw, MomentumSAM, SparseMerger, estimate_fisher
+from ..analysis import mask_density
+from .errors import InputError
+from .models import draw_batches, load_model
+from .optimizers import build_mixup, build_optimizer, naming_options
+from .options import SAM_TYPES
+from .report import PeakMemory, Run
+
+try:
+    import transformers
+    from tqdm import tqdm
+except ImportError:
+    transformers = None
+
+
+def choose_mask(arguments, path, names, tokenizer, train):
+    """Return the FishMask of the weights to train, in the model that every run starts from; None for all weights.
+
+    Raises:
+        InputError: so small a share does not hold the new head.
+    """
+    if arguments.trains_all:
+        return None
+    transformers.set_seed(arguments.seed)
+    model, novel = load_model(path, names)
+    with naming_options():
+        if arguments.trainable == "bitfit":
+            return FishMask.bias_only(model, sorted(novel))
+        # For fish too, because it refuses too small a share before the Fisher information has been estimated.
+        mask = FishMask.random(model, arguments.keep_ratio, arguments.seed, sorted(novel))
+        if arguments.trainable == "random":
+            return mask
+        scores = fisher_information(arguments, model.to(arguments.device), tokenizer, train)
+        return FishMask.from_scores(scores, arguments.keep_ratio, sorted(novel))
+
+
+def fisher_information(arguments, model, tokenizer, train):
+    """Estimate it from ``--num_fisher_samples`` of the encoded texts, drawn at random, or from all if these are few."""
+    count, size = min(arguments.num_fisher_samples, len(train)), arguments.per_device_train_batch_size
+    batches = draw_batches(tokenizer, train, count, size, arguments.seed)
+    with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
+        return estimate_fisher(model, batches, count)
+
+
+def join_workers(arguments):
+    """Join the workers that torchrun has started, if it has; return this one's rank and how many there are."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return 0, 1
+    if not arguments.local_steps:
+        raise InputError("torchrun needs --local_steps: workers merge what they train after so many steps")
+    on_gpu = arguments.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+class Trainer:
+    """One training run: a freshly loaded model, its optimizer and schedule, and the batches in their seeded order.
+
+    Two runs with the same seed start from the same weights of the new head, see the same batches in the same order,
+    and start dropout from the same state. Of several workers, each takes its share of the batches, and the first
+    evaluates what they have merged.
+    """
+
+    def __init__(self, arguments, sam_type, path, names, tokenizer, total_steps, trainable=None, worker=(0, 1)):
+        transformers.set_seed(arguments.seed)
+        model, novel = load_model(path, names)
+        self.arguments = arguments
+        self.model = model.to(arguments.device)
+        self.total_steps = total_steps
+        self.optimizer = build_optimizer(arguments, sam_type, self.model, novel, total_steps, trainable)
+        self.scheduler = transformers.get_scheduler(
+            arguments.lr_scheduler_type, self.optimizer, math.ceil(total_steps * arguments.warmup_ratio), total_steps
+        )
+        self.collator = transformers.DataCollatorWithPadding(tokenizer)
+        self.run = Run(SAM_TYPES[sam_type])
+        self.rank, self.workers = worker
+        self.mixup = build_mixup(arguments, total_steps, self.rank)
+        self.resumed = None
+        self.merger = None
+        if arguments.local_steps:
+            self.merger = SparseMerger(self.model, self.optimizer, lambda: trainable, local_steps=arguments.local_steps)
+
+    def collate(self, features):
+        """Return a list of encoded texts as one batch on the device."""
+        return self.collator(features).to(self.arguments.device)
+
+    def forward(self, batch):
+        """Return the model's output for a batch."""
+        with torch.autocast(self.arguments.device.type, torch.bfloat16, enabled=self.arguments.bf16):
+            return self.model(**batch)
+
+    def set_training(self, training):
+        """Switch dropout on or off, and the weights of an optimizer that keeps them perturbed."""
+        self.model.train(training)
+        if isinstance(self.optimizer, MomentumSAM):
+            self.optimizer.train() if training else self.optimizer.eval()
+
+    def final_weights(self):
+        """Return a context in which the model has the weights to evaluate and to save: clean ones, or their average."""
+        self.set_training(False)
+        return self.optimizer.ema_weights() if self.optimizer.ema_decay is not None else contextlib.nullcontext()
+
+    def logits(self, features):
+        """Return the logits of all ``features``, in fp32 on the CPU, without dropout, at the final weights."""
+        size = self.arguments.per_device_eval_batch_size
+        with torch.no_grad(), self.final_weights():
+            batches = (self.collate(features[i : i + size]) for i in range(0, len(features), size))
+            return torch.cat([self.forward(batch).logits for batch in batches]).float().cpu()
+
+    def evaluate(self, features):
+        """Note accuracy and loss on ``features``."""
+        unlabelled = [{key: value for key, value in feature.items() if key != "labels"} for feature in features]
+        labels = torch.tensor([feature["labels"] for feature in features])
+        logits = self.logits(unlabelled)
+        accuracy = (logits.argmax(-1) == labels).double().mean().item()
+        loss = torch.nn.functional.cross_entropy(logits, labels).item()
+        self.run.evaluations.append((len(self.run.losses), accuracy, loss))
+
+    def step(self, features):
+        """Make one optimizer step on texts, of one batch or of several whose gradients add up; note loss and time."""
+        arguments, size = self.arguments, self.arguments.per_device_train_batch_size
+        smoothing = arguments.label_smoothing_factor
+
+        def closure():
+            self.optimizer.zero_grad()
+            total = 0.0
+            for batch, draw in zip(batches, draws, strict=True):
+                with draw.applied(self.model):
+                    logits = self.forward(batch).logits.float()
+                # The mean over all texts of the step, whatever the size of its last batch.
+                share = len(logits) / len(features)
+                loss = draw.loss(logits, batch["labels"], smoothing) * share
+                loss.backward()
+                total = total + loss.detach()
+            return total
+
+        def losses(part):
+            logits = self.forward(part).logits.float()
+            return torch.nn.functional.cross_entropy(
+                logits, part["labels"], reduction="none", label_smoothing=smoothing
+            )
+
+        self.set_training(True)
+        start = time.perf_counter()
+        batches = [self.collate(features[i : i + size]) for i in range(0, len(features), size)]
+        if isinstance(self.optimizer, FSAM) and self.optimizer.gamma < 1:
+            (batch,) = batches
+            loss = self.optimizer.step(losses, batch).mean().item()
+        else:
+            number = len(self.run.losses)
+            draws = [self.mixup.draw(len(b["labels"]), number) if self.mixup else MixupDraw() for b in batches]
+            loss = self.optimizer.step(closure).item()
+        self.scheduler.step()
+        if self.merger:
+            self.merger.step()
+        self.run.step_seconds.append(time.perf_counter() - start)
+        self.run.losses.append(loss)
+        return loss
+
+    def train(self, train, validation, checkpoint=None):
+        """Train on ``train``; evaluate on ``validation`` after each pass over it and at the end.
+
+        Args:
+            train: encoded texts with labels.
+            validation: the same.
+            checkpoint: called with this trainer after every ``--save_steps`` steps.
+        """
+        arguments, size, steps = self.arguments, self.arguments.texts_per_step, self.total_steps
+        generator = torch.Generator().manual_seed(arguments.seed)
+        transformers.set_seed(arguments.seed + self.rank)
+        if self.resumed:
+            self._set_random_state(self.resumed["random"])
+        done = len(self.run.losses)
+        progress = tqdm(total=steps, initial=done, desc=self.run.name, unit="step", disable=self.rank > 0)
+        with PeakMemory(arguments.device) as peak, progress as bar:
+            bar.set_postfix_str("first step: compiling")
+            number = 0
+            while number < steps:
+                order = torch.randperm(len(train), generator=generator).tolist()
+                starts = range(0, len(order), size)
+                # Equally many for each worker.
+                starts = starts[: len(starts) // self.workers * self.workers]
+                for i in starts[self.rank :: self.workers][: steps - number]:
+                    number += 1
+                    if number > done:
+                        loss = self.step([train[j] for j in order[i : i + size]])
+                        if arguments.save_steps and number % arguments.save_steps == 0:
+                            checkpoint(self)
+                        bar.set_postfix_str(f"loss={loss:.3f}", refresh=False)
+                        bar.update()
+                if self.merger:
+                    self.merger.finish()
+                if self.rank == 0 and number not in [step for step, *_ in self.run.evaluations]:
+                    bar.set_postfix_str("evaluating")
+                    self.evaluate(validation)
+                    bar.set_postfix_str(f"accuracy={self.run.evaluations[-1][1]:.3f}")
+        self.run.peak_memory_bytes = max(self.run.peak_memory_bytes, peak.bytes)
+        if isinstance(self.optimizer, FSAM) and self.optimizer.mask:
+            self.run.mask_density = mask_density(self.optimizer, self.model)
+
+    def state_dict(self):
+        """Return what the rest of the run depends on; which texts come next follows from the number of steps."""
+        random = [torch.get_rng_state()]
+        if self.arguments.device.type == "cuda":
+            random.append(torch.cuda.get_rng_state(self.arguments.device))
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "run": dataclasses.asdict(self.run),
+            "random": random,
+        }
+
+    def load_state_dict(self, state):
+        """Continue, in `train`, after the step at which the state was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.run = Run(**state["run"])
+        self.resumed = state
+
+    def _set_random_state(self, random):
+        torch.set_rng_state(random[0])
+        if self.arguments.device.type == "cuda" and len(random) > 1:
+            torch.cuda.set_rng_state(random[1], self.arguments.device)

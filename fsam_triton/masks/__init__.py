@@ -1,0 +1,1 @@
+"""Two kinds of masks: `FisherMask` says which weights are perturbed, `FishMask` which weights are trained."""

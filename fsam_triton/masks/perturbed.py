@@ -1,0 +1,102 @@
+"""FisherMask: which weights a sharpness-aware step perturbs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import check
+
+# Parts of parameter names, in lower case: biases, embeddings (wte and wpe are GPT-2's) and norm layers (ln_1, bn2).
+DEFAULT_EXCLUDE = ("bias", "embed", "wte", "wpe", "norm", "ln_", "bn")
+_UNITS = ("element", "tensor", "row", 32, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class FisherMask:
+    """Perturb only the weights with the largest diagonal empirical Fisher information (Fisher-SAM, arXiv 2210.05497).
+
+    The mask is chosen over all selectable tensors together: exactly ``int(keep_ratio * n)`` of their n weights, those
+    with the largest mean square of the ascent gradient, of equal ones the first. Units of many weights are taken in the
+    order of their weights' mean score as long as they keep within that number; the first that does not ends the mask.
+
+    Args:
+        keep_ratio: fraction of the selectable weights to perturb, in (0, 1].
+        interval: choose anew every so many perturbations, beginning with the first; >= 1 (default: 1).
+        exclude: tensors not to choose from, by parts of their names (case is ignored). Default: tensors of at most one
+            dimension (biases, norm layers), and embeddings if the optimizer was given names.
+        excluded: perturb those tensors ``"always"``, as the reference implementation does, or ``"never"`` (default:
+            ``"always"``).
+        samples: average the squares over the last so many perturbations, from 1 to interval (the first mask knows only
+            one). More than one takes one more buffer while they are added up (default: 1).
+        unit: what is chosen as a whole: ``"element"`` (a weight), ``"tensor"``, ``"row"`` (an index of the tensor's
+            first dimension), or 32 or 128 (that many weights that are neighbours in memory; a tensor's last may be
+            shorter) (default: ``"element"``).
+        scores: ``"fisher"``, or ``"random"`` to choose as many at random, as a control (default: ``"fisher"``).
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+        >>> from fsam_triton import FisherMask
+        >>> FisherMask(keep_ratio=0.1, interval=100).excluded
+        'always'
+    """
+
+    keep_ratio: float
+    interval: int = 1
+    exclude: Sequence[str] | None = None
+    excluded: str = "always"
+    samples: int = 1
+    unit: str | int = "element"
+    scores: str = "fisher"
+
+    def __post_init__(self) -> None:
+        check(0 < self.keep_ratio <= 1, "keep_ratio", self.keep_ratio, "must be in (0, 1]")
+        check(isinstance(self.interval, int) and self.interval >= 1, "interval", self.interval, "must be an int >= 1")
+        check(self.excluded in ("always", "never"), "excluded", self.excluded, 'must be "always" or "never"')
+        check(
+            1 <= self.samples <= self.interval, "samples", self.samples, f"must be from 1 to interval={self.interval}"
+        )
+        check(not isinstance(self.exclude, str), "exclude", self.exclude, "must be a sequence of strings")
+        # The type too, because 32.0 equals 32.
+        fits = type(self.unit) in (str, int) and self.unit in _UNITS
+        check(fits, "unit", self.unit, 'must be "element", "tensor", "row", 32 or 128')
+        check(self.scores in ("fisher", "random"), "scores", self.scores, 'must be "fisher" or "random"')
+
+    def selects_from(self, name: str | None, p: Tensor) -> bool:
+        """Whether the mask chooses among the weights of a parameter (otherwise it is excluded)."""
+        if self.exclude is None:
+            # A norm layer in a Sequential has no telling name.
+            return p.dim() > 1 and not (name and any(part in name.lower() for part in DEFAULT_EXCLUDE))
+        needs_name = len(self.exclude) > 0
+        check(name is not None or not needs_name, "exclude", self.exclude, "needs names: pass named_parameters()")
+        return not any(part.lower() in name.lower() for part in self.exclude) if needs_name else True
+
+    def count(self, selectable: Sequence[torch.Size]) -> int:
+        """How many weights the mask may keep.
+
+        Args:
+            selectable: the shapes of the selectable parameters.
+
+        Raises:
+            ValueError: fewer than the largest unit has, so that nothing might be chosen.
+        """
+        total = sum(map(math.prod, selectable))
+        largest = max([1, *map(self._largest_unit, selectable)])
+        k = int(self.keep_ratio * total)
+        # One float further: the quotient times the total may round to less than the unit's size.
+        least = math.nextafter(largest / max(total, 1), 1.0)
+        allowed = f"keeps {k} of {total} weights, the largest unit has {largest}; must be >= {least}"
+        check(k >= largest, "keep_ratio", self.keep_ratio, allowed)
+        return k
+
+    def _largest_unit(self, shape: torch.Size) -> int:
+        n = math.prod(shape)
+        if self.unit == "row":
+            return n // max(shape[0], 1) if shape else n
+        return n if self.unit == "tensor" else min(n, 1 if self.unit == "element" else self.unit)

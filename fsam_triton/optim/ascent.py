@@ -1,0 +1,330 @@
+"""Ascent: the first half of a sharpness-aware step: which weights move and how far."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .. import ops
+from ..buffers.lanes import Lanes, Perturbed
+from ..buffers.ledger import Ledger
+from ..buffers.sharded import is_sharded, sum_over_shards
+from ..errors import check
+from ..kernels.reference import compute_dtype
+from ..masks.perturbed import FisherMask
+from ..masks.selection import choose, tensors_chosen, weights_chosen
+from . import coefficients
+
+_ASCENT = 0x3C6EF372
+_NEXT_ASCENT = 0x165667B2
+_MASK = 0xA54FF53A
+Found = list[tuple[Lanes, list[Tensor | None]]]
+
+
+def move(
+    lanes: Lanes,
+    directions: Sequence[Tensor | None],
+    coef: Tensor,
+    key: Tensor,
+    *,
+    mask: Tensor | None = None,
+    adaptive: bool = False,
+    stochastic: bool,
+    random: bool = False,
+) -> None:
+    """Perturb the parameters that have a direction; see `kernels.reference.perturb_`."""
+    backup = lanes.lane("backup", lanes.dtype)
+    active = [direction is not None for direction in directions]
+    for segments in lanes.rounds(directions):
+        ops.perturb_(segments, backup, mask, coef, key, adaptive, stochastic, random)
+    lanes.written(active)
+    lanes.perturbed = Perturbed(lanes, active)
+
+
+class Ascent:
+    """Which weights a perturbation moves, and how far: masks over time, random draws, norms.
+
+    Counts of ascents and radii stand in the parameter groups, so that state dicts have them.
+
+    Args:
+        mask, mask_norm, beta, beta_per: see `FSAM`.
+        seed, stochastic_rounding: see `FusedOptimizer`.
+    """
+
+    def __init__(
+        self,
+        mask: FisherMask | None,
+        mask_norm: str,
+        beta: float,
+        beta_per: str,
+        seed: int,
+        stochastic_rounding: bool,
+    ) -> None:
+        check(mask is None or isinstance(mask, FisherMask), "mask", mask, "must be a FisherMask or None")
+        check(mask_norm in ("all", "masked"), "mask_norm", mask_norm, 'must be "all" or "masked"')
+        check(0 < beta <= 1, "beta", beta, "must be in (0, 1]")
+        check(beta_per in ("element", "tensor"), "beta_per", beta_per, 'must be "element" or "tensor"')
+        self.mask, self.mask_norm, self.beta, self.beta_per = mask, mask_norm, beta, beta_per
+        self.seed, self.stochastic_rounding = seed, stochastic_rounding
+        # What a GradScaler had multiplied the gradients of the last ascent with, if it was told.
+        self.scale: Tensor | None = None
+        # The parameters that a tensor-level mask does not move, once the host has read it.
+        self._unmoved: list[Parameter] | None = None
+
+    @property
+    def draws_elements(self) -> bool:
+        """Whether every weight is drawn by itself."""
+        return self.beta_per == "element" and self.beta < 1
+
+    def check_parameters(self, group: Mapping[str, Any]) -> None:
+        """Refuse a group whose parameters the mask cannot be chosen over."""
+        single = self.mask is None or self.mask.unit == "element" or not any(map(is_sharded, group["params"]))
+        check(single, "mask.unit", single or self.mask.unit, 'must be "element" with sharded parameters')
+
+    # -- masks ---------------------------------------------------------------------------------------------------------
+
+    def _selects_from(self, lanes: Lanes) -> list[int]:
+        """The parameters that the mask chooses from, by their numbers in the lanes."""
+        return [
+            i
+            for i, member in enumerate(lanes.members)
+            if member.p.requires_grad and self.mask.selects_from(member.name, member.p)
+        ]
+
+    def check_count(self, groups: Iterable[Mapping[str, Any]]) -> int:
+        """How many weights the mask may keep.
+
+        Raises:
+            ArgumentError: too few to keep any unit.
+        """
+        shapes = []
+        for group in groups:
+            names = group.get("param_names", [None] * len(group["params"]))
+            pairs = zip(names, group["params"], strict=True)
+            shapes += [p.shape for name, p in pairs if p.requires_grad and self.mask.selects_from(name, p)]
+        return self.mask.count(shapes)
+
+    def moves_excluded(self) -> bool:
+        """Whether tensors that the mask does not choose from are perturbed."""
+        return self.mask is None or self.mask.excluded == "always"
+
+    def words(self, lanes: Lanes) -> Tensor | None:
+        """The mask of a pass over lanes: what was chosen, and all or nothing of what is not chosen from."""
+        if self.mask is None:
+            return None
+        is_new = "mask" not in lanes.lanes
+        words = lanes.lane("mask", torch.int32)
+        if is_new and self.moves_excluded():
+            for i in set(range(len(lanes))).difference(self._selects_from(lanes)):
+                lanes.plan.words(words, i).fill_(-1)
+        return words
+
+    def wants_gradients(self, ascents: int) -> bool:
+        """Whether the mask is chosen in the coming ascent, or its gradients count for the next choice."""
+        if self.mask is None:
+            return False
+        position, samples = ascents % self.mask.interval, self.mask.samples
+        return position == 0 or (self.adds_up and position > self.mask.interval - samples)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether squares of gradients are added up between two choices of the mask."""
+        return self.mask.samples > 1 and self.mask.scores == "fisher"
+
+    def _must_wait(self, found: Found, ascents: int) -> bool:
+        """Whether a mask is due and a GradScaler's gradients, which it would be chosen by, have overflowed.
+
+        The host reads this, but only where a mask is due and is to last: it would be a mask of infinities and zeros.
+        """
+        mask = self.mask
+        if self.scale is None or mask is None or mask.scores != "fisher" or mask.interval == 1:
+            return False
+        return ascents % mask.interval == 0 and bool(self._overflowed(found))
+
+    def _overflowed(self, found: Found) -> Tensor:
+        """Whether a gradient that the mask would be chosen by is not finite."""
+        parts = []
+        for lanes, grads in found:
+            own = set(self._selects_from(lanes))
+            parts.append((lanes, lanes.norm_sq([grad if i in own else None for i, grad in enumerate(grads)])))
+        return ~torch.isfinite(sum_over_shards(parts, found[0][0].device))
+
+    def _add_up(self, found: Found) -> None:
+        """Add the squares of the gradients, unscaled, to what the next choice of the mask goes by."""
+        overflowed = None if self.scale is None else self._overflowed(found)
+        for lanes, grads in found:
+            lanes.lane("fisher", compute_dtype(lanes.dtype))
+            own = [i for i in self._selects_from(lanes) if grads[i] is not None]
+            squares = [lanes.views("fisher")[i] for i in own]
+            here = [grads[i].to(squares[0].dtype) for i in own]
+            if self.scale is not None and own:
+                skip, scale = (t.to(lanes.device, non_blocking=True) for t in (overflowed, self.scale))
+                here = [(grad / scale).masked_fill_(skip, 0.0) for grad in here]
+            if own:
+                torch._foreach_addcmul_(squares, here, here)
+
+    def _refresh(self, ledger: Ledger, found: Found, groups: list[dict[str, Any]], ascents: int) -> None:
+        """Choose the mask again where it is due, from the present gradients or the squares added up before."""
+        if self.mask is None:
+            return
+        if self.adds_up and self.wants_gradients(ascents):
+            self._add_up(found)
+        if ascents % self.mask.interval == 0:
+            for lanes in ledger:
+                self.words(lanes)
+            selectable = [(lanes, own) for lanes in ledger if (own := self._selects_from(lanes))]
+            scores = None
+            if self.mask.scores == "fisher":
+                by_lanes = {id(lanes): grads for lanes, grads in found}
+                none: list[None] = []
+                scores = [self._scores(lanes, own, by_lanes.get(id(lanes), none)) for lanes, own in selectable]
+            key = self.seed + (_MASK + ascents << 32)
+            choose(self.mask, selectable, scores, self.check_count(groups), key, squared=self.adds_up)
+            self._unmoved = None
+            for lanes in ledger:
+                lanes.drop("fisher")
+
+    def _scores(self, lanes: Lanes, selectable: list[int], grads: Sequence[Tensor | None]) -> Tensor:
+        """What the mask is chosen by, in the layout of the lanes."""
+        if self.adds_up:
+            return lanes.lane("fisher", compute_dtype(lanes.dtype))
+        flat = torch.zeros(lanes.plan.size, dtype=lanes.dtype, device=lanes.device)
+        own = [i for i in selectable if grads and grads[i] is not None]
+        if own:
+            parts = [lanes.plan.part(flat, i).as_strided(lanes.shapes[i], lanes.strides[i]) for i in own]
+            torch._foreach_copy_(parts, [grads[i].detach() for i in own])
+        return flat
+
+    # -- draws ---------------------------------------------------------------------------------------------------------
+
+    def _undrawn(self, ledger: Ledger, ascents: int) -> list[Parameter]:
+        """The tensors that are not drawn for this ascent."""
+        if self.beta_per != "tensor" or self.beta == 1:
+            return []
+        draw = random.Random(f"{self.seed} {ascents}")
+        members = sorted((member for lanes in ledger for member in lanes.members), key=lambda member: member.number)
+        # Frozen ones have a draw too, so that within `ascent_pass` the others' are the same.
+        pairs = [(member.p, draw.random() < self.beta) for member in members if member.p.numel()]
+        pairs = [(p, is_drawn) for p, is_drawn in pairs if p.requires_grad]
+        if pairs and not any(is_drawn for _, is_drawn in pairs):
+            one = draw.randrange(len(pairs))
+            pairs[one] = (pairs[one][0], True)
+        return [p for p, is_drawn in pairs if not is_drawn]
+
+    def unneeded(self, ledger: Ledger, ascents: int, combines: bool, is_known: Iterable[Parameter]) -> list[Parameter]:
+        """The parameters whose gradients the coming ascent does not need.
+
+        Args:
+            ledger: of the parameters.
+            ascents: how many there were.
+            combines: whether the descent needs all of the first gradient.
+            is_known: the parameters that were ever updated.
+        """
+        if self.wants_gradients(ascents):
+            return []
+        out = self._undrawn(ledger, ascents)
+        by_tensor = self.mask is not None and self.mask.unit == "tensor" and self.mask_norm == "masked"
+        if by_tensor and not combines:
+            if self._unmoved is None:
+                moved = tensors_chosen(list(ledger))
+                pairs = [(p, now) for lanes, own in zip(ledger, moved, strict=True) for p, now in zip(lanes.params, own, strict=True)]
+                self._unmoved = [p for p, now in pairs if not now]
+            out += self._unmoved
+        left_out = set(out)
+        return out if any(p.requires_grad and p not in left_out for p in is_known) else []
+
+    # -- the perturbation ----------------------------------------------------------------------------------------------
+
+    def climb(
+        self,
+        ledger: Ledger,
+        found: Found,
+        groups: list[dict[str, Any]],
+        rho: Mapping[int, float | Tensor],
+        scale: Tensor | None = None,
+    ) -> None:
+        """Perturb the parameters by their gradients.
+
+        Args:
+            ledger: of the parameters.
+            found: the lanes with gradients, and these.
+            groups: the parameter groups.
+            rho: the radius of each group, by its id, negative to maximize.
+            scale: what a GradScaler has multiplied the gradients with.
+        """
+        self.scale = scale
+        ascents = groups[0]["ascents"]
+        undrawn = set(self._undrawn(ledger, ascents))
+        if not self._must_wait(found, ascents):
+            self._refresh(ledger, found, groups, ascents)
+            for group in groups:
+                group["ascents"] += 1
+        directions = [
+            (lanes, [None if p in undrawn else grad for p, grad in zip(lanes.params, grads, strict=True)])
+            for lanes, grads in found
+        ]
+        norm_sq = sum_over_shards(
+            (
+                (lanes, lanes.norm_sq(own, self._is_adaptive(lanes), self.words(lanes) if self.mask_norm == "masked" else None))
+                for lanes, own in directions
+            ),
+            ledger.home,
+        ).double()
+        purpose = _ASCENT + ascents * _NEXT_ASCENT
+        for lanes, own in directions:
+            if not any(direction is not None for direction in own):
+                continue
+            move(
+                lanes,
+                own,
+                self._coefficients(lanes, norm_sq, rho),
+                self._keys(lanes, purpose),
+                mask=self.words(lanes),
+                adaptive=self._is_adaptive(lanes),
+                stochastic=self.stochastic_rounding,
+                random=self.draws_elements,
+            )
+
+    @staticmethod
+    def _is_adaptive(lanes: Lanes) -> bool:
+        return lanes.groups[0]["adaptive"]
+
+    def _coefficients(self, lanes: Lanes, norm_sq: Tensor, rho: Mapping[int, float | Tensor]) -> Tensor:
+        beta = coefficients.representable(self.beta) if self.draws_elements else self.beta
+        rows = lanes.per_parameter("ascent", [(rho[id(group)] / beta,) for group in lanes.groups])[:, 0]
+        norm_sq, scale = (
+            None if t is None else t.to(lanes.device, non_blocking=True) for t in (norm_sq, self.scale)
+        )
+        scales = coefficients.radius(rows, norm_sq, scale)
+        return torch.stack([scales, torch.full_like(scales, beta - 0.5)], 1).to(compute_dtype(lanes.dtype))
+
+    def _keys(self, lanes: Lanes, purpose: int) -> Tensor:
+        """Of both counts: an ascent can be repeated without a step, and in a CUDA graph only the device's changes."""
+        rounds = self.stochastic_rounding and lanes.dtype.itemsize == 2
+        if rounds or self.draws_elements:
+            return coefficients.keys_of(lanes, self.seed, purpose)
+        return coefficients.no_keys(lanes)
+
+    # -- what others may look at ---------------------------------------------------------------------------------------
+
+    def mask_of(self, lanes: Lanes, i: int) -> Tensor:
+        """What the mask lets a perturbation move of a parameter, bool in its shape."""
+        words = self.words(lanes)
+        return torch.ones(lanes.shapes[i], dtype=torch.bool, device=lanes.device) if words is None else lanes.chosen(i)
+
+    def density(self, ledger: Ledger) -> dict[Parameter, float]:
+        """The fraction of each parameter's weights that the mask lets a perturbation move."""
+        for lanes in ledger:
+            self.words(lanes)
+        counts = weights_chosen(list(ledger))
+        out = {}
+        for lanes, own in zip(ledger, counts, strict=True):
+            selectable = set(self._selects_from(lanes))
+            for i, (p, count) in enumerate(zip(lanes.params, own, strict=True)):
+                out[p] = count / max(p.numel(), 1) if i in selectable else float(self.moves_excluded())
+        return out

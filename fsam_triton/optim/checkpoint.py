@@ -1,0 +1,83 @@
+"""What of a state dict must hold before an optimizer takes it over."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from itertools import chain
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..buffers.lanes import SHOWN
+from ..buffers.ledger import Ledger
+from ..errors import check
+from .rules import Rule
+
+# Entries that torch.optim's load_state_dict makes floats of.
+_INTEGERS = ("mask", "index", "remainder")
+
+
+def checked_groups(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups with what a state dict says of them.
+
+    Raises:
+        ArgumentError: it is no state dict, or of other groups.
+    """
+    lacking = sorted({"state", "param_groups"} - state_dict.keys())
+    check(not lacking, "state_dict", sorted(state_dict, key=str), f"must have {lacking}")
+    saved = copy.deepcopy(state_dict["param_groups"])
+    lacking = [i for i, group in enumerate(saved) if "params" not in group]
+    check(not lacking, "state_dict", f"groups {lacking} without 'params'", "every group must have them")
+    theirs, ours = ([len(group["params"]) for group in each] for each in (saved, groups))
+    check(theirs == ours, "state_dict", f"groups of {theirs} parameters", f"must have groups of {ours}")
+    return [{**old, **new, "params": old["params"]} for old, new in zip(groups, saved, strict=True)]
+
+
+def checked_state(
+    state_dict: Mapping[str, Any], groups: list[dict[str, Any]], ledger: Ledger, rule: Rule
+) -> dict[Parameter, dict[str, Any]]:
+    """The entries of a state dict by parameter.
+
+    Raises:
+        ArgumentError: an entry is of another rule, or does not fit its parameter.
+    """
+    numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in groups)
+    out = {}
+    for number, p in zip(numbers, params, strict=True):
+        entry = state_dict["state"].get(number)
+        if entry is None or (place := ledger.place(p)) is None:
+            continue
+        lanes, i = place
+        label = f"state of parameter {lanes.members[i]}"
+        _check_names(label, entry, rule.required(lanes.groups[0]))
+        for name, value in entry.items():
+            _check_value(f"{label}, {name!r}", name, value)
+            if name != "step":
+                lanes.check_shape(i, name, value)
+        out[p] = {"step": 1.0 if entry else 0.0, **entry}
+    return out
+
+
+def _check_names(label: str, entry: Any, required: tuple[str, ...]) -> None:
+    is_mapping = isinstance(entry, Mapping)
+    shown = sorted(entry, key=str) if is_mapping else type(entry).__name__
+    fits = is_mapping and (not entry or "mask" in entry or set(required) <= entry.keys())
+    check(fits, label, shown, f"must have {', '.join(map(repr, required))}")
+    unknown = sorted(entry.keys() - {"step", *SHOWN}, key=str)
+    check(not unknown, label, unknown, f"may have 'step', {', '.join(map(repr, SHOWN))}")
+
+
+def _check_value(label: str, name: str, value: Any) -> None:
+    if name == "step":
+        fits = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+        check(fits and float(value) >= 0, label, value, "must be a number >= 0")
+        return
+    fits = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    fits = fits and (value.is_floating_point() or (name in _INTEGERS and not value.is_complex()))
+    kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    check(fits, label, kind, "must be a dense tensor of floats")

@@ -1,0 +1,275 @@
+"""FSAM: sharpness-aware minimization with two backward passes (SAM, ASAM, ESAM, GSAM, LookSAM; masked), fused."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..buffers.lanes import Lanes
+from ..buffers.sharded import local
+from ..errors import check
+from ..masks.perturbed import FisherMask
+from ..masks.trained import FishMask
+from . import coefficients, recipes, rho as radii
+from .ascent import Ascent
+from .clean import CleanView
+from .optimizer import Direction, Found, FusedOptimizer
+from .schedule import Schedule
+from .two_pass import TwoPass
+
+
+class FSAM(TwoPass, FusedOptimizer):
+    r"""Sharpness-aware minimization over AdamW with L2-SP, SGD or Lion, fused.
+
+    A step climbs to ``w + eps``, takes the gradient there, and descends with it from ``w``:
+
+    - SAM (arXiv 2010.01412): ``eps = rho * g / (norm(g) + 1e-12)``
+    - ASAM (``adaptive=True``, arXiv 2102.11600): ``eps = rho * w^2 * g / (norm(abs(w) * g) + 1e-12)``
+    - Fisher-SAM (``mask=FisherMask(...)``, arXiv 2210.05497): that eps on the mask and 0 elsewhere
+    - ESAM (``beta < 1``, ``gamma < 1``, arXiv 2110.03141): that eps over beta on a random part of the weights or
+      tensors; the second gradient from the samples whose loss rose most
+    - GSAM (``alpha > 0``, arXiv 2203.08065): descends with ``g2 - alpha * (g1 - (<g1, g2> / norm(g2)^2) * g2)``, where
+      g1 and g2 are the gradients at w and at w + eps
+    - LookSAM (``schedule=Schedule(every=5, reuse=0.7)``, arXiv 2203.02714)
+
+    Norms are over all parameter groups. `step` without a perturbation before it is a plain update, and so is a step
+    whose ascent gradient is zero or not finite, or whose rho is zero.
+
+    Args:
+        params: as FusedOptimizer; a `FisherMask` wants ``model.named_parameters()``.
+        lr: learning rate, a float or a tensor of one element (group; default: 1e-3).
+        rule: what is made of the gradient: ``"adamw"``, ``"sgd"`` or ``"lion"`` (default: ``"adamw"``).
+        rho: radius of the perturbation, >= 0 (group; default: 0.05).
+        adaptive: ASAM's scaling (group; default: False).
+        mask: which weights to perturb (default: None, all).
+        mask_norm: ``"all"``: norm over all coordinates, as published; ``"masked"``: over the perturbed ones, which
+            makes eps as long as rho (default: ``"all"``).
+        alpha: GSAM's weight of the surrogate gap, >= 0; needs memory for a second gradient (default: 0.0).
+        beta: ESAM's part of the weights, drawn anew for each perturbation, in (0, 1]; rounded to a multiple of 2**-15
+            (default: 1.0).
+        beta_per: what beta draws: ``"element"``, every weight by itself, or ``"tensor"``, whole tensors, at least one,
+            as the published code does. Gradients of the others are then not used in the ascent, and `ascent_pass` does
+            not compute them (default: ``"element"``).
+        gamma: ESAM's part of the batch for the second gradient, in (0, 1]; < 1 needs ``step(closure, batch)``, or
+            `select_samples` in a loop of your own (default: 1.0).
+        schedule: which steps are sharpness-aware, and with which rho (default: None, all of them with rho).
+        **options: the rule's own arguments, and weight_decay, l2_sp, anchors, maximize, max_grad_norm, master_weights,
+            ema_decay, trainable, stochastic_rounding, flatten and seed, all as `FusedOptimizer` has them.
+
+    Raises:
+        ArgumentError: an argument is out of its range, or contradicts another.
+
+    Example:
+        >>> import torch
+        >>> from fsam_triton import FSAM
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = FSAM(model.parameters(), lr=1e-3, rho=0.05)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = model(torch.ones(1, 4)).square().sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure)
+    """
+
+    _ARGUMENTS = FusedOptimizer._ARGUMENTS | {"ascent", "alpha", "gamma"}
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        rho: float = 0.05,
+        rule: str = "adamw",
+        adaptive: bool = False,
+        mask: FisherMask | None = None,
+        mask_norm: str = "all",
+        alpha: float = 0.0,
+        beta: float = 1.0,
+        beta_per: str = "element",
+        gamma: float = 1.0,
+        schedule: Schedule | None = None,
+        **options: Any,
+    ) -> None:
+        check(0 <= alpha < float("inf"), "alpha", alpha, "must be >= 0 and finite")
+        check(0 < gamma <= 1, "gamma", gamma, "must be in (0, 1]")
+        self.alpha, self.gamma = alpha, gamma
+        seed, rounds = options.get("seed", 0), options.get("stochastic_rounding", True)
+        self.ascent = Ascent(mask, mask_norm, beta, beta_per, seed, rounds)
+        self._begin()
+        of_group = {**radii.group_defaults(rho, schedule), "adaptive": adaptive, "ascents": 0}
+        super().__init__(params, rule, lr, _of_group=of_group, **options)
+        if mask is not None:
+            self.ascent.check_count(self.param_groups)
+        self.clean_view.find(p for group in self.param_groups for p in group["params"])
+
+    def _begin(self) -> None:
+        """What a copy does not take over."""
+        self.clean_view = CleanView()
+        # The gradients of the ascent, where the descent needs them.
+        self._first: dict[Parameter, Tensor] = {}
+
+    @classmethod
+    def from_sam_type(cls, sam_type: str, params: Iterable[Any], lr: float | Tensor = 1e-3, **arguments: Any) -> FSAM:
+        """An optimizer by the names of the FSAM code (github.com/WHU-ZQH/FSAM4PLM), for its recipes.
+
+        Args:
+            sam_type: ``"sam"``, ``"esam"``, ``"gsam"``, ``"fisher-sam"``, ``"fisher-esam"`` or ``"fisher-gsam"``.
+            params: as FSAM; the fisher types want ``model.named_parameters()``.
+            lr: as FSAM.
+            **arguments: the FSAM code's, see `fsam_triton.recipes.arguments_of`, and any other of FSAM's.
+
+        Raises:
+            ValueError: sam_type is unknown, an argument is out of its range or has no meaning for this type.
+
+        Example:
+            >>> import torch
+            >>> from fsam_triton import FSAM
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+            >>> optimizer = FSAM.from_sam_type(
+            ...     "fisher-gsam", model.named_parameters(), lr=1e-5, rho=0.05, mask_iter_e=100, keep_ratio=0.1
+            ... )
+        """
+        return cls(params, lr, **recipes.arguments_of(sam_type, **arguments))
+
+    # -- groups --------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as `torch.optim.Optimizer.add_param_group`."""
+        super().add_param_group(param_group)
+        first, group = self.param_groups[0], self.param_groups[-1]
+        group["ascents"] = first["ascents"]
+        radii.join(group, first)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        super()._check_group(group)
+        radii.check_group(group)
+        # Here, because a loaded state dict brings a schedule too.
+        alpha, reuses = self.alpha, group["schedule"]["reuse"] > 0
+        check(alpha == 0 or not reuses, "alpha", alpha, "must be 0 with Schedule(reuse=...): both combine gradients")
+        beta_per = self.ascent.beta_per
+        whole = beta_per == "element" or (alpha == 0 and not reuses)
+        check(whole, "beta_per", beta_per, 'must be "element" with alpha or Schedule(reuse=...): they need all of g1')
+
+    def _check_trainable(self, trainable: FishMask | None) -> None:
+        super()._check_trainable(trainable)
+        allowed = "must be None with trainable: what is perturbed is what is trained"
+        check(self.mask is None or trainable is None, "mask", self.mask, allowed)
+
+    def _check_parameters(self, group: dict[str, Any]) -> None:
+        super()._check_parameters(group)
+        self.ascent.check_parameters(group)
+
+    def _structure(self, group: Mapping[str, Any], i: int | None) -> Hashable:
+        return super()._structure(group, i), group["adaptive"]
+
+    def _prepare(self, lanes: Lanes, entries: list[Mapping[str, Any]]) -> None:
+        super()._prepare(lanes, entries)
+        names = {name for entry in entries for name in entry}
+        if self.mask is not None and "mask" in names:
+            self.ascent.words(lanes)
+        for name in {"fisher", "orthogonal"} & names:
+            dtype = coefficients.compute_dtype(lanes.dtype) if name == "fisher" else lanes.dtype
+            lanes.lane(name, dtype)
+
+    def _allocate(self, lanes: Lanes, fill: bool = True) -> None:
+        super()._allocate(lanes, fill)
+        # torch.distributed.checkpoint loads those entries alone that a new optimizer's state has.
+        if lanes.shard_groups:
+            if self.mask is not None:
+                self.ascent.words(lanes)
+                if self.ascent.adds_up:
+                    lanes.lane("fisher", coefficients.compute_dtype(lanes.dtype))
+            if self.schedule.reuse > 0:
+                lanes.lane("orthogonal", lanes.dtype)
+
+    # -- the descent ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _combines(self) -> bool:
+        return self.alpha > 0 or self.schedule.reuse > 0
+
+    def _descend_all(self) -> None:
+        try:
+            self._update()
+        finally:
+            self._first.clear()
+
+    def _keep_first_gradients(self, found: Found) -> None:
+        self._first.clear()
+        if self._combines:
+            for lanes, grads in found:
+                self._first.update(
+                    (p, _kept(grad, p)) for p, grad in zip(lanes.params, grads, strict=True) if grad is not None
+                )
+
+    def _second_gradients(self, lanes: Lanes, grads: list[Tensor | None]) -> list[Tensor | None]:
+        if not self._first:
+            return lanes.views("orthogonal")
+        pairs = zip(lanes.params, grads, strict=True)
+        return [None if grad is None else self._first_of(p, grad) for p, grad in pairs]
+
+    def _first_of(self, p: Parameter, grad: Tensor) -> Tensor:
+        first = self._first.get(p)
+        return torch.zeros_like(grad) if first is None else first
+
+    def _direction(self, found: Found) -> Direction:
+        """SAM's direction is the gradient; GSAM and LookSAM combine it with one of before."""
+        stored = self.schedule.reuse > 0 and any("orthogonal" in lanes.lanes for lanes, _ in found)
+        if not found or not (self._first or stored):
+            return super()._direction(found)
+        for lanes, _ in found:
+            if not self._first:
+                lanes.lane("orthogonal", lanes.dtype)
+        # Over the parameters that are updated: what the others' gradients were at w has no part in this step.
+        dots = self._sum((lanes, lanes.gap(grads, self._second_gradients(lanes, grads))) for lanes, grads in found)
+        if self.alpha > 0:
+            own, other, norm_sq = coefficients.decomposition(dots, self.alpha, self._ascent_ratio())
+            return self._scaled(Direction(own, other), norm_sq)
+        if not self._first:
+            other, norm_sq = coefficients.reuse(dots, self.schedule.reuse)
+            return self._scaled(Direction(1.0, other), norm_sq)
+        for lanes in self.ledger:
+            lanes.lane("orthogonal", lanes.dtype).zero_()
+        return self._scaled(Direction(1.0, coefficients.orthogonal_part(dots), keep=True), dots[2])
+
+    def _ascent_ratio(self) -> Tensor | float:
+        """What the gradients of the ascent are to be multiplied with, to have the scale of those at hand."""
+        scale, before = getattr(self, "grad_scale", None), self.ascent.scale
+        if before is not None:
+            return (1.0 if scale is None else scale.to(torch.float64)) / before.to(torch.float64)
+        if scale is None and getattr(self, "found_inf", None) is not None:
+            raise RuntimeError(
+                "alpha > 0 combines the gradients of both passes, and GradScaler.unscale_() has unscaled only one of "
+                "them: call perturb(scaler)"
+            )
+        return 1.0
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """The state in torch.optim's form: per parameter `step` and the rule's state.
+
+        `remainder` (of master weights), `anchor`, `ema`, `mask`, `fisher` and `orthogonal` are there too where they are
+        in use. Tensors are views of the live lanes, as with torch.optim; a perturbation shows in none of them.
+        """
+        for lanes in self.ledger:
+            if "mask" in lanes.lanes:
+                lanes.show(self.state)
+        return super().state_dict()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin()
+
+
+def _kept(grad: Tensor, p: Parameter) -> Tensor:
+    """A gradient to be kept: itself, unless its memory is a part of what somebody else writes again (DDP's buckets)."""
+    is_part = p.grad is not None and grad is local(p.grad)
+    is_part = is_part and grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
+    return grad.clone(memory_format=torch.preserve_format) if is_part else grad

@@ -1,0 +1,220 @@
+"""MomentumSAM: sharpness-aware minimization along the momentum, with one backward pass per step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..buffers.lanes import Lanes
+from ..buffers.sharded import sum_over_shards
+from ..errors import check
+from . import coefficients, rho as radii
+from .ascent import move
+from .clean import CleanView
+from .forward import ForwardWatch
+from .optimizer import FusedOptimizer
+from .schedule import Schedule
+
+_PERTURBATION = 0x6A09E667
+# After so many steps without a perturbation nobody can be calling the model as a module.
+_FORGOTTEN = 5
+
+
+class MomentumSAM(FusedOptimizer):
+    r"""Momentum-SAM over AdamW with L2-SP, or another rule with momentum (arXiv 2401.12033), fused.
+
+    The gradient is taken at ``w - rho * m / (norm(m) + 1e-12)``, where m is the rule's first moment and the norm is over
+    all parameters: a step has one backward pass.
+
+    The parameters are perturbed when a forward pass in training mode begins, and clean again after `step`. Between two
+    steps, and when training ends, they hold the clean weights, so everything that reads or writes them then acts on
+    these. A forward pass in eval mode, or without gradients, sees clean weights at any time, and so does
+    ``state_dict()`` of the model. The forward pass is noticed because a module is called; a model that is not made of
+    modules, or is called inside a compiled function, wants `perturb` before it.
+
+    Args:
+        params: as FusedOptimizer.
+        lr: learning rate, a float or a tensor of one element (group; default: 1e-3).
+        rho: length of the perturbation, >= 0 (group; default: 0.05).
+        rule: ``"adamw"``, ``"lion"`` or ``"sgd"``, this with ``momentum`` > 0 (default: ``"adamw"``).
+        schedule: when to perturb and how far; with ``every=1`` (default: None, always by rho).
+        **options: the rule's own arguments, and weight_decay, l2_sp, anchors, maximize, max_grad_norm, master_weights,
+            ema_decay, trainable, stochastic_rounding, flatten and seed, all as `FusedOptimizer` has them.
+
+    Raises:
+        ArgumentError: an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from fsam_triton import MomentumSAM
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = MomentumSAM(model.parameters(), lr=1e-3, rho=0.05)
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(1, 4)).square().sum().backward()
+        ...     optimizer.step()
+        >>> optimizer.perturbed
+        False
+    """
+
+    _ARGUMENTS = FusedOptimizer._ARGUMENTS | {"_training"}
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        rho: float = 0.05,
+        rule: str = "adamw",
+        schedule: Schedule | None = None,
+        **options: Any,
+    ) -> None:
+        self._training = True
+        super().__init__(params, rule, lr, _of_group=radii.group_defaults(rho, schedule), **options)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._unperturbed_steps = 0
+        self.clean_view = CleanView()
+        self.clean_view.find(p for group in self.param_groups for p in group["params"])
+        self._watch = ForwardWatch(self, MomentumSAM._owns, MomentumSAM._before_forward)
+        if self._training:
+            self._watch.start()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as `torch.optim.Optimizer.add_param_group`."""
+        super().add_param_group(param_group)
+        radii.join(self.param_groups[-1], self.param_groups[0])
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        super()._check_group(group)
+        radii.check_group(group)
+        every = group["schedule"]["every"]
+        check(every == 1, "schedule.every", every, "must be 1: the perturbation costs no backward pass to leave out")
+        check(bool(self.rule.lanes(group)), "momentum", group.get("momentum"), "must be > 0")
+
+    @property
+    def schedule(self) -> Schedule:
+        """When steps are sharpness-aware; from the parameter groups, where a loaded state dict can have changed it."""
+        return radii.schedule_of(self.param_groups)
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the clean weights with the gradients taken at the perturbed ones.
+
+        Args:
+            closure: evaluates the model again and returns the loss, as in torch.optim; called once.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: the optimizer is in eval mode, or inside `ema_weights`.
+        """
+        if not self._training:
+            raise RuntimeError("step() in eval mode: call optimizer.train() before the forward pass")
+        # Not by way of the inherited step, around which torch.optim would call the hooks of a step once more.
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._warn_if_forgotten()
+        try:
+            self._update()
+        except BaseException:
+            self.restore()
+            raise
+        finally:
+            self.clean_view.close()
+        radii.count(self.param_groups)
+        return loss
+
+    def _warn_if_forgotten(self) -> None:
+        if self.perturbed or not self._wants_perturbation() or not any(map(self._directions, self.ledger)):
+            self._unperturbed_steps = 0
+            return
+        self._unperturbed_steps += 1
+        if self._unperturbed_steps == _FORGOTTEN:
+            warnings.warn(
+                f"MomentumSAM has taken {_FORGOTTEN} steps at clean weights: it perturbs when a module with its "
+                "parameters is called in training mode; call perturb() before the forward pass",
+                stacklevel=4,
+            )
+
+    def _wants_perturbation(self) -> bool:
+        sharp = self.schedule.is_sharp(self.param_groups[0]["updates"])
+        return sharp and any(group["rho"] > 0 for group in self.param_groups)
+
+    # -- the perturbation ----------------------------------------------------------------------------------------------
+
+    def _directions(self, lanes: Lanes) -> list[Tensor | None]:
+        """The momentum of each parameter that has one; an empty list if none has."""
+        name = self.rule.lanes(lanes.groups[0])[0]
+        if name not in lanes.lanes:
+            return []
+        views = lanes.views(name)
+        out = [views[i] if self.state.get(p) else None for i, p in enumerate(lanes.params)]
+        return out if any(view is not None for view in out) else []
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def perturb(self) -> None:
+        """Perturb the parameters for the forward pass that follows; does nothing while they are perturbed."""
+        self._refuse_inside_ema("perturb()")
+        if self.perturbed or not self._wants_perturbation():
+            return
+        self.ledger.refresh(self.param_groups, self.state)
+        found = [(lanes, own) for lanes in self.ledger if (own := self._directions(lanes))]
+        if not found:
+            return
+        norm_sq = sum_over_shards(((lanes, lanes.norm_sq(own)) for lanes, own in found), self.ledger.home).double()
+        schedule = self.schedule
+        for lanes, own in found:
+            rows = [(-radii.rho_of(group, schedule),) for group in lanes.groups]
+            rho = lanes.per_parameter("ascent", rows)[:, 0]
+            scale = coefficients.radius(rho, norm_sq.to(lanes.device, non_blocking=True))
+            coef = torch.stack([scale, scale], 1).to(coefficients.compute_dtype(lanes.dtype))
+            rounds = self.stochastic_rounding and lanes.dtype.itemsize == 2
+            keys = coefficients.keys_of(lanes, self.seed, _PERTURBATION) if rounds else coefficients.no_keys(lanes)
+            move(lanes, own, coef, keys, stochastic=self.stochastic_rounding)
+        self.clean_view.open(self.ledger)
+
+    @staticmethod
+    def _owns(optimizer: MomentumSAM, module: nn.Module) -> bool:
+        place = optimizer.ledger.place
+        return any(place(p) is not None for p in module.parameters())
+
+    @staticmethod
+    def _before_forward(optimizer: MomentumSAM, training: bool) -> None:
+        if optimizer._shows_ema:
+            return
+        if training:
+            optimizer.perturb()
+        else:
+            optimizer.restore()
+
+    def train(self) -> None:
+        """Perturb from the next forward pass on, as after the optimizer was made."""
+        self._training = True
+        self._watch.start()
+
+    def eval(self) -> None:
+        """Put the clean weights into the parameters, and leave them there in all forward passes until `train`."""
+        self._training = False
+        self._watch.stop()
+        self.restore()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back the clean weights, to the bit, if the parameters are perturbed."""
+        super().restore()
+        self.clean_view.close()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin()

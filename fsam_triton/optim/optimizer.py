@@ -1,0 +1,602 @@
+"""FusedOptimizer: parameter groups, lanes and one fused update of all parameters by a rule."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import Parameter, is_lazy
+from torch.optim import Optimizer
+
+from .. import ops
+from ..buffers.flatten import flatten
+from ..buffers.ledger import Ledger
+from ..buffers.lanes import Lanes
+from ..buffers.sharded import check_placements, is_sharded, sum_over_shards
+from ..errors import ArgumentError, check
+from ..masks.trained import FishMask
+from ..kernels import spec
+from ..kernels.reference import compute_dtype
+from . import coefficients
+from .checkpoint import checked_groups, checked_state
+from .rules import RULES, is_finite
+
+_UPDATE = 0x51ED270B
+# A parameter's lanes with the gradients at hand, None where there is none.
+Found = list[tuple[Lanes, list[Tensor | None]]]
+
+
+@dataclass
+class Direction:
+    """What the gradients of an update are multiplied with; tensors are on the home device.
+
+    Attributes:
+        factor: of the gradient: unscaling, clipping; NaN skips the update.
+        other: of the second gradient, which is added; None if there is none.
+        keep: instead of adding it, store the gradient minus `other` times the second one in the lane "orthogonal".
+        skip: bool, whether the device skips the update, or None if it never does.
+    """
+
+    factor: Tensor | float = 1.0
+    other: Tensor | float | None = None
+    keep: bool = False
+    skip: Tensor | None = None
+
+
+class FusedOptimizer(Optimizer):
+    """A rule over parameters that stay where they are, in one pass over all of them; the base of our optimizers.
+
+    Args:
+        params: ``model.parameters()``, ``model.named_parameters()`` or parameter groups (dicts), in which every
+            argument marked (group) may stand too. Those that are trained are floating point, strided, plain tensors or
+            DTensors; frozen ones of any kind are left alone.
+        rule: ``"adamw"``, ``"sgd"`` or ``"lion"``.
+        lr: learning rate, a float or a tensor of one element (group).
+        weight_decay: decay to zero where there is no anchor, >= 0 (group; default: the rule's).
+        l2_sp: decay to the anchor, >= 0 (group; default: 0, no anchors are kept).
+        anchors: ``"initial"``, the weights before the first update, or a mapping of parameter names to tensors of their
+            shapes, for which ``params`` must carry names; parameters that it does not name are novel (default:
+            ``"initial"``).
+        maximize: maximize the objective (group; default: False).
+        max_grad_norm: clip the global gradient norm to this, > 0, as ``clip_grad_norm_`` does; a step whose norm is not
+            finite is skipped altogether (default: None, no clipping).
+        master_weights: keep of 16-bit parameters what rounding loses, and fp32 moments: the update is that of fp32
+            weights, whose rounding the parameters are (default: False).
+        ema_decay: keep an exponential moving average of the clean weights, ``ema += (1 - ema_decay) * (w - ema)`` after
+            each update, in [0, 1), for `ema_weights`. It begins at the weights before the first update, without bias
+            correction: right for fine-tuning, where these are pre-trained weights. fp32 for 16-bit parameters, which
+            would lose its small changes (default: None, no average is kept).
+        trainable: train these weights alone; all others stay as they are, to the bit, without weight decay, and take no
+            memory here. Needs ``model.named_parameters()`` (default: None, all).
+        stochastic_rounding: without master weights, round 16-bit weights and second moments stochastically; to nearest,
+            small updates would be lost (default: True).
+        flatten: move the parameters of a device and type into one buffer when the group is added (group; default:
+            False, they stay where they are).
+        seed: of the stochastic rounding (default: 0).
+        foreach, capturable, fused, differentiable: accepted because torch.optim's optimizers take them; every step is
+            fused and capturable, none is differentiable.
+        **hyper: the rule's own arguments (group): ``betas``, ``eps``, ``amsgrad``; ``momentum``, ``dampening``,
+            ``nesterov``; or ``betas``.
+
+    Raises:
+        ArgumentError: an argument is out of its range, a trained parameter is complex or sparse, an anchor does not fit.
+        TypeError: the rule has no such argument.
+    """
+
+    # torch.amp.GradScaler then always calls `step` and passes `grad_scale` and `found_inf`, so that a step with an
+    # overflow is skipped on the device, after the restore.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        rule: str,
+        lr: float | Tensor,
+        *,
+        weight_decay: float | None = None,
+        l2_sp: float = 0.0,
+        anchors: str | Mapping[str, Tensor] = "initial",
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        master_weights: bool = False,
+        ema_decay: float | None = None,
+        trainable: FishMask | None = None,
+        stochastic_rounding: bool = True,
+        flatten: bool = False,
+        seed: int = 0,
+        foreach: bool | None = None,
+        capturable: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
+        _of_group: Mapping[str, Any] | None = None,
+        **hyper: Any,
+    ) -> None:
+        check(rule in RULES, "rule", rule, f"must be one of {', '.join(RULES)}")
+        known = isinstance(anchors, Mapping) or anchors == "initial"
+        check(known, "anchors", anchors, 'must be "initial" or a mapping')
+        check(max_grad_norm is None or max_grad_norm > 0, "max_grad_norm", max_grad_norm, "must be > 0 or None")
+        check(ema_decay is None or 0 <= ema_decay < 1, "ema_decay", ema_decay, "must be in [0, 1) or None")
+        check(not differentiable, "differentiable", differentiable, "must be False")
+        self.rule = RULES[rule]
+        unknown = hyper.keys() - self.rule.defaults.keys()
+        if unknown:
+            allowed = ", ".join(self.rule.defaults)
+            raise TypeError(f"unexpected argument {min(unknown)!r}; those of the rule {rule!r} are {allowed}")
+        self.anchors = anchors
+        self.max_grad_norm, self.master_weights, self.ema_decay = max_grad_norm, master_weights, ema_decay
+        self.stochastic_rounding, self.seed = stochastic_rounding, seed
+        self._check_trainable(trainable)
+        self.trainable = trainable
+        self._shows_ema = False
+        self.ledger = self._new_ledger()
+        defaults = {
+            "lr": lr,
+            **self.rule.defaults,
+            **hyper,
+            "weight_decay": self.rule.weight_decay if weight_decay is None else weight_decay,
+            "l2_sp": l2_sp,
+            "maximize": maximize,
+            "flatten": flatten,
+            **(_of_group or {}),
+        }
+        self._check_group(defaults)
+        super().__init__(params, defaults)
+        self._check_anchors()
+
+    def _new_ledger(self) -> Ledger:
+        return Ledger(self._structure, self._trained, self._prepare)
+
+    # -- groups --------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as `torch.optim.Optimizer.add_param_group`."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            self._check_parameters(group)
+            for i in range(len(group["params"])):
+                self._structure(group, i)
+                self._trained(group, i)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        if group["flatten"] and self.trainable is None:
+            flatten([p for p in group["params"] if p.requires_grad and not is_sharded(p)])
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            check(lr.numel() == 1, "learning rate", lr, "a tensor must have one element")
+        else:
+            check(is_finite(lr) and lr >= 0, "learning rate", lr, "must be a finite number >= 0")
+        self.rule.check(group)
+        for name in ("weight_decay", "l2_sp"):
+            value = group[name]
+            check(is_finite(value) and value >= 0, name, value, "must be a finite number >= 0")
+
+    def _check_parameters(self, group: dict[str, Any]) -> None:
+        for i, p in enumerate(group["params"]):
+            label = f"parameter {group['param_names'][i]!r}" if "param_names" in group else f"parameter number {i}"
+            check(not is_lazy(p), label, "uninitialized", "run the model once before")
+            if not p.requires_grad:
+                continue
+            # A quantised weight, say, whose numbers are not in its own memory.
+            plain = is_sharded(p) or type(p.data) is Tensor
+            check(plain, label, type(p.data).__name__, "must be a plain tensor")
+            fits = p.is_floating_point() and p.element_size() >= 2 and p.layout == torch.strided and not p.is_meta
+            check(fits, label, f"{p.dtype}, {p.layout}, {p.device}", "must be dense fp16, bf16, fp32 or fp64")
+            if is_sharded(p):
+                check_placements(label, p)
+
+    def _check_anchors(self) -> None:
+        """Refuse anchors that no parameter's name fits: those of a model that was wrapped have other names."""
+        if isinstance(self.anchors, Mapping) and self.anchors:
+            names = {name for group in self.param_groups for name in group.get("param_names", ())}
+            if any(group["l2_sp"] > 0 for group in self.param_groups):
+                unknown = sorted(set(self.anchors) - names)
+                allowed = f"parameters are named {', '.join(map(repr, sorted(names)[:3]))}, ..."
+                check(not unknown or len(unknown) < len(self.anchors), "anchors", unknown[:3], allowed)
+
+    def _check_trainable(self, trainable: FishMask | None) -> None:
+        fits = trainable is None or isinstance(trainable, FishMask)
+        check(fits, "trainable", trainable, "must be a FishMask or None")
+
+    def set_trainable(self, trainable: FishMask | None) -> None:
+        """Train other weights from now on, as a new optimizer with the same parameter groups would.
+
+        Groups, hyper-parameters, learning rate schedulers and counts of steps stay. Moments start at zero, an average
+        of the weights at the present ones, and with ``anchors="initial"`` so do anchors. Gradients are cleared.
+
+        Args:
+            trainable: which weights; None for all.
+
+        Raises:
+            ArgumentError: the mask does not fit; nothing has been changed then.
+        """
+        self._refuse_inside_ema("set_trainable()")
+        self._check_trainable(trainable)
+        before, self.trainable = self.trainable, trainable
+        try:
+            for group in self.param_groups:
+                for i in range(len(group["params"])):
+                    self._trained(group, i)
+        except BaseException:
+            self.trainable = before
+            raise
+        self.zero_grad()
+        self.restore()
+        self.state.clear()
+        self.ledger.forget()
+
+    def _trained(self, group: Mapping[str, Any], i: int) -> Tensor | None:
+        """The weights of a parameter that are trained, as positions in row-major order; None for all."""
+        if self.trainable is None:
+            return None
+        check("param_names" in group, "trainable", "a FishMask", "needs parameter names: pass model.named_parameters()")
+        name, p = group["param_names"][i], group["params"][i]
+        check(not is_sharded(p), "trainable", "a FishMask", f"must be None: parameter {name!r} is sharded")
+        shape = self.trainable.shapes.get(name)
+        check(shape == p.shape, "trainable", f"a FishMask with {name!r} of shape {shape}", f"must be {tuple(p.shape)}")
+        is_dense = p.stride() == torch.empty_like(p, device="meta").stride()
+        check(is_dense, f"parameter {name!r}", f"strides {p.stride()}", "must be dense in memory with trainable")
+        return self.trainable.indices(name).to(p.device)
+
+    def _anchor(self, group: Mapping[str, Any], i: int) -> Tensor | None:
+        """The anchor that a parameter was given."""
+        check("param_names" in group, "anchors", "a mapping", "needs parameter names: pass model.named_parameters()")
+        name, shape = group["param_names"][i], tuple(group["params"][i].shape)
+        anchor = self.anchors.get(name)
+        if anchor is not None:
+            check(anchor.shape == shape, f"anchors[{name!r}]", tuple(anchor.shape), f"must have shape {shape}")
+        return anchor
+
+    def _structure(self, group: Mapping[str, Any], i: int | None) -> Hashable:
+        anchored = group["l2_sp"] > 0
+        if anchored and i is not None and self.anchors != "initial":
+            anchored = self._anchor(group, i) is not None
+        return self.rule.lanes(group), anchored
+
+    def _prepare(self, lanes: Lanes, entries: list[Mapping[str, Any]]) -> None:
+        """Make the lanes that new lanes need for the state that there is."""
+        group = lanes.groups[0]
+        if group["l2_sp"] > 0 and self._structure(group, lanes.members[0].position)[1]:
+            self._prepare_anchors(lanes, entries)
+        if any(name in entry for entry in entries for name in (*spec.STATE[self.rule.name], "step")):
+            self._allocate(lanes, fill=False)
+
+    def _prepare_anchors(self, lanes: Lanes, entries: list[Mapping[str, Any]]) -> None:
+        lanes.lane("anchor", lanes.dtype)
+        for i, member in enumerate(lanes.members):
+            if self.anchors != "initial":
+                anchor = self._anchor(member.group, member.position)
+                lanes.set(i, "anchor", lanes.like_lane(i, anchor.to(lanes.device)), like_parameter=False)
+                continue
+            entry = self.state.get(member.p)
+            if entry and "anchor" not in entry and not lanes.has_anchor(i) and float(entry.get("step", 0)) > 0:
+                raise ArgumentError("l2_sp", member.group["l2_sp"], "was 0 at the first step, so no anchors were kept")
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    # It is compiled code already, a pass at a time; dynamo would trace what finds and checks the tensors.
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss, as in torch.optim.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: inside `ema_weights`.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        return loss
+
+    def _update(self) -> None:
+        """Restore, if perturbed, and apply the rule."""
+        found = self._collect()
+        for lanes, _ in found:
+            self._allocate(lanes)
+        direction = self._direction(found)
+        updated = {id(lanes): grads for lanes, grads in found}
+        for lanes in self.ledger:
+            if lanes.perturbed is not None:
+                grads = updated.get(id(lanes), [None] * len(lanes))
+                lanes.perturbed.settle()
+                lanes.write("backup", [i for i in lanes.perturbed.which() if grads[i] is None])
+        for lanes, grads in found:
+            self._descend(lanes, grads, direction)
+        for lanes in self.ledger:
+            lanes.perturbed = None
+
+    def _collect(self) -> Found:
+        """All lanes in which a parameter has a gradient, with the gradients."""
+        self._refuse_inside_ema("a step")
+        return self.ledger.collect(self.param_groups, self.state)
+
+    def _sum(self, parts: Iterable[tuple[Lanes, Tensor]]) -> Tensor:
+        """Sum of fp64 tensors over lanes and their shards, on the home device."""
+        return sum_over_shards(parts, self.ledger.home).double()
+
+    def _direction(self, found: Found) -> Direction:
+        """What to multiply gradients with (unscaling, clipping), and on the device whether to skip the step."""
+        norm_sq = None
+        if self.max_grad_norm is not None and found:
+            norm_sq = self._sum((lanes, lanes.norm_sq(grads)) for lanes, grads in found)
+        return self._scaled(Direction(), norm_sq)
+
+    def _scaled(self, direction: Direction, norm_sq: Tensor | None) -> Direction:
+        """`direction` with unscaling and, given the squared norm of what it makes of the gradients, clipping."""
+        factor: Tensor | float = 1.0
+        skip = None
+        if (scale := getattr(self, "grad_scale", None)) is not None:
+            factor = 1.0 / scale.to(torch.float64)
+        # GradScaler gives the number 0 where there was no gradient to check.
+        if isinstance(found_inf := getattr(self, "found_inf", None), Tensor):
+            skip = found_inf.squeeze() != 0
+        if self.max_grad_norm is not None and norm_sq is not None:
+            clip, overflow = coefficients.clip_factor(norm_sq, factor, self.max_grad_norm)
+            factor = factor * clip
+            skip = overflow if skip is None else skip | overflow
+        other = direction.other
+        if other is not None and not direction.keep:
+            other = other * factor
+        own = direction.factor * factor
+        if skip is not None:
+            own = torch.where(skip, float("nan"), own)
+        return Direction(own, other, direction.keep, skip)
+
+    def _allocate(self, lanes: Lanes, fill: bool = True) -> None:
+        narrow = lanes.dtype == torch.bfloat16 and not self.master_weights
+        # fp16 cannot hold squares of gradients: its moments are fp32 always.
+        dtype = torch.bfloat16 if narrow else compute_dtype(lanes.dtype)
+        for name in self.rule.lanes(lanes.groups[0]):
+            lanes.lane(name, dtype)
+        if self.master_weights and lanes.dtype in _REMAINDER:
+            lanes.lane("remainder", _REMAINDER[lanes.dtype])
+        if self.ema_decay is not None:
+            is_new = "ema" not in lanes.lanes
+            lanes.lane("ema", compute_dtype(lanes.dtype))
+            if is_new and fill:
+                for i in range(len(lanes)):
+                    lanes.views("ema")[i].copy_(lanes.exact(i))
+
+    def _second_gradients(self, lanes: Lanes, grads: list[Tensor | None]) -> list[Tensor | None] | None:
+        """The gradients that `Direction.other` is of."""
+        return None
+
+    def _descend(self, lanes: Lanes, grads: list[Tensor | None], direction: Direction) -> None:
+        active = [grad is not None for grad in grads]
+        # Those that are updated for the first time have the state of the beginning.
+        lanes.begin(active, self.state)
+        other = None if direction.other is None else self._second_gradients(lanes, grads)
+        if direction.keep:
+            orthogonal = lanes.lane("orthogonal", lanes.dtype)
+        else:
+            orthogonal = None
+        perturbed = lanes.perturbed
+        if perturbed is not None and perturbed.overlapping:
+            # A weight that two parameters share is updated twice, each time from where the last update left it.
+            perturbed.restore()
+            perturbed = None
+        weights = lanes.weights()
+        clean = None
+        if perturbed is not None:
+            backup, moved = lanes.views("backup"), perturbed.active
+            clean = [backup[i] if moved[i] else weight for i, weight in enumerate(weights)]
+        self._count(lanes, active, direction)
+        coef, key = self._coefficients(lanes, direction)
+        lane = lanes.lanes.get
+        state = [lanes.lanes[name] for name in self.rule.lanes(lanes.groups[0])]
+        for segments in lanes.rounds(grads, weight=weights, clean=clean, other=other):
+            ops.descend_(
+                segments,
+                state,
+                lane("remainder"),
+                lane("anchor"),
+                lane("ema"),
+                orthogonal,
+                coef,
+                key,
+                self.rule.name,
+                self.stochastic_rounding,
+            )
+        lanes.written(active)
+        lanes.follow(self.state)
+
+    @staticmethod
+    def _count(lanes: Lanes, active: list[bool], direction: Direction) -> None:
+        """Count the update, unless the device skips it."""
+        if direction.skip is None and all(active):
+            lanes.steps += 1
+            return
+        now = lanes.flags(active)
+        lanes.steps += now if direction.skip is None else now & ~direction.skip.to(lanes.device, non_blocking=True)
+
+    def _coefficients(self, lanes: Lanes, direction: Direction) -> tuple[Tensor, Tensor]:
+        """Coefficients and keys of an update, a row for each parameter."""
+        anchored = "anchor" in lanes.lanes
+        rows = [
+            (
+                group["lr"],
+                group["l2_sp" if anchored else "weight_decay"],
+                -1.0 if group["maximize"] else 1.0,
+                *self.rule.hyper(group),
+            )
+            for group in lanes.groups
+        ]
+        numbers = lanes.per_parameter("descend", rows)
+        lr, rate, sign = numbers[:, :3].unbind(1)
+        own, other = (
+            value.to(lanes.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for value in (direction.factor, direction.other)
+        )
+        factor = sign * own
+        columns = self.rule.columns(lr, rate, numbers[:, 3:], lanes.steps.to(torch.float64))
+        columns["factor"] = factor
+        # The stored component is a gradient of the objective, whatever its sign in the update.
+        columns["other"] = torch.zeros_like(lr) if other is None else (1.0 if direction.keep else sign) * other + 0 * lr
+        if self.ema_decay is not None:
+            # NaN where the update is skipped.
+            columns["rate"] = (1 - self.ema_decay) + 0.0 * factor
+        else:
+            columns["rate"] = lr
+        coef = torch.stack([columns[name] for name in spec.DESCEND[self.rule.name]], 1)
+        if self.stochastic_rounding and lanes.dtype.itemsize == 2:
+            key = coefficients.keys_of(lanes, self.seed, _UPDATE)
+        else:
+            key = coefficients.no_keys(lanes)
+        return coef.to(compute_dtype(lanes.dtype)), key
+
+    # -- clean weights -------------------------------------------------------------------------------------------------
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the parameters hold perturbed weights at this moment."""
+        return self.ledger.perturbed
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back the clean weights, to the bit, if the parameters are perturbed."""
+        self.ledger.restore()
+
+    @torch.no_grad()
+    def clean_weight(self, p: Tensor) -> Tensor | None:
+        """The clean weights of a parameter that is perturbed at this moment, as a tensor like it.
+
+        Args:
+            p: any tensor.
+
+        Returns:
+            What `restore` would put back, or None if p is not perturbed, or not a parameter of this optimizer.
+        """
+        return self.ledger.clean_weight(p)
+
+    @torch.no_grad()
+    def master_weight(self, p: Parameter) -> Tensor:
+        """A copy of the clean weights of a parameter: with ``master_weights`` in fp32, of which p is the rounding.
+
+        Raises:
+            ArgumentError: p is not a parameter of this optimizer that has been updated.
+        """
+        lanes, i = self.ledger.place(p) or (None, 0)
+        check(lanes is not None, "p", f"a tensor of shape {tuple(p.shape)}", "must be a parameter that is trained")
+        return lanes.like_parameter(i, lanes.exact(i))
+
+    @torch.no_grad()
+    def trained_weights(self) -> list[Tensor]:
+        """Copies of the clean weights that are trained, of each parameter (of a `FishMask`, the selected ones, flat).
+
+        In fp32 where there are master weights.
+        """
+        self.ledger.refresh(self.param_groups, self.state)
+        return [lanes.exact(i) for lanes in self.ledger for i in range(len(lanes))]
+
+    @torch.no_grad()
+    def set_trained_weights(self, weights: Iterable[Tensor]) -> None:
+        """Write what is like `trained_weights` into the parameters and master weights, which are not perturbed."""
+        values = iter(weights)
+        for lanes in self.ledger:
+            lanes.set_exact([next(values) for _ in range(len(lanes))])
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Inside the block the parameters hold the average of the weights; at its end, in any case, the clean weights.
+
+        To evaluate, and to save the average with the model. The average is rounded to the parameters' type; a parameter
+        that was never updated keeps its weights. Takes the memory of one copy of the weights. Inside, nothing can be
+        stepped, perturbed, loaded or copied.
+
+        Raises:
+            RuntimeError: no ``ema_decay`` was given, FSAM's weights are perturbed, or the block is inside another one.
+        """
+        if self.ema_decay is None:
+            raise RuntimeError("ema_weights() needs an optimizer with ema_decay")
+        self._refuse_inside_ema("ema_weights()")
+        if self.perturbed:
+            raise RuntimeError("ema_weights() of perturbed weights: call step() or restore() first")
+        with torch.no_grad():
+            self.ledger.refresh(self.param_groups, self.state)
+            before = [(lanes, lanes.exchange("ema")) for lanes in self.ledger if "ema" in lanes.lanes]
+        self._shows_ema = True
+        try:
+            yield
+        finally:
+            self._shows_ema = False
+            with torch.no_grad():
+                for lanes, weights in before:
+                    lanes.put_back(weights)
+
+    def _refuse_inside_ema(self, action: str) -> None:
+        if self._shows_ema:
+            raise RuntimeError(f"{action} inside ema_weights(): the parameters hold the average, leave the block first")
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of an optimizer of this kind, or of torch.optim's by the same rule; values are copied.
+
+        Load the model's own weights first. An average of the weights that the state does not have starts from them.
+
+        Raises:
+            ArgumentError: it is another optimizer's, or groups or shapes do not fit; nothing has been changed then.
+            RuntimeError: inside `ema_weights`.
+        """
+        self._refuse_inside_ema("load_state_dict()")
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict.copy()) or state_dict
+        groups = checked_groups(state_dict, self.param_groups)
+        for group in groups:
+            self._check_group(group)
+        self.ledger.refresh(self.param_groups, self.state)
+        state = checked_state(state_dict, self.param_groups, self.ledger, self.rule)
+        self.restore()
+        for own, new in zip(self.param_groups, groups, strict=True):
+            own.update(new)
+        self.state.clear()
+        self.state.update(state)
+        self.ledger.forget()
+        self.ledger.refresh(self.param_groups, self.state)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_inside_ema("copying or pickling the optimizer")
+        if self.perturbed:
+            raise RuntimeError(
+                "the weights are perturbed: call restore() or step() before copying or pickling the optimizer"
+            )
+        own = {name: value for name, value in vars(self).items() if name in self._ARGUMENTS}
+        return {**super().__getstate__(), **own}
+
+    # Attributes that a copy takes over as they are.
+    _ARGUMENTS = frozenset(
+        "rule anchors max_grad_norm master_weights ema_decay stochastic_rounding seed trainable _shows_ema".split()
+    )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Lanes of its own, which are made of the copied state.
+        self.ledger = self._new_ledger()
+
+    def __del__(self) -> None:
+        # Nobody could restore the weights any more.
+        with contextlib.suppress(Exception):
+            if self.ledger.perturbed:
+                self.restore()
+
+
+_REMAINDER = {torch.bfloat16: torch.int16, torch.float16: torch.int32}

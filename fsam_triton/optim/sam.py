@@ -1,0 +1,215 @@
+"""SAM: sharpness-aware steps around any torch.optim.Optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from ..buffers.ledger import Ledger
+from ..errors import check
+from ..masks.perturbed import FisherMask
+from . import rho as radii
+from .ascent import Ascent
+from .clean import CleanView
+from .schedule import Schedule
+from .two_pass import TwoPass
+
+
+class SAM(TwoPass):
+    r"""Sharpness-aware minimization around any optimizer: torch's Muon, an 8-bit or schedule-free Adam, your own.
+
+    The norm, the perturbation with its backup, and the mask are `FSAM`'s fused passes; then the weights are put back,
+    to the bit, and the base optimizer takes its step with the gradients of the perturbed point. Its parameter groups and
+    state are shared: `param_groups` and `state` are the base's, with `rho` and `adaptive` in every group.
+
+    Args:
+        base: the optimizer that takes the steps, already made.
+        rho: radius of the perturbation, >= 0 (group; default: 0.05).
+        adaptive: ASAM's scaling (group; default: False).
+        mask, mask_norm, beta, beta_per, gamma, schedule: as `FSAM`; the schedule without ``reuse``.
+        stochastic_rounding: round perturbed 16-bit weights stochastically (default: True).
+        seed: of random draws and roundings (default: 0).
+
+    Raises:
+        ArgumentError: an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from fsam_triton import SAM
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = SAM(torch.optim.Adagrad(model.parameters(), lr=1e-2), rho=0.05)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = model(torch.ones(1, 4)).square().sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure)
+    """
+
+    # So that `step` is called after an overflow too: it must restore.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        base: Optimizer,
+        rho: float = 0.05,
+        *,
+        adaptive: bool = False,
+        mask: FisherMask | None = None,
+        mask_norm: str = "all",
+        beta: float = 1.0,
+        beta_per: str = "element",
+        gamma: float = 1.0,
+        schedule: Schedule | None = None,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ) -> None:
+        check(isinstance(base, Optimizer), "base", type(base).__name__, "must be a torch.optim.Optimizer")
+        check(not isinstance(base, TwoPass), "base", type(base).__name__, "must not be sharpness-aware itself")
+        check(0 < gamma <= 1, "gamma", gamma, "must be in (0, 1]")
+        check(schedule is None or schedule.reuse == 0, "schedule.reuse", schedule and schedule.reuse, "must be 0")
+        self.base, self.gamma = base, gamma
+        self.ascent = Ascent(mask, mask_norm, beta, beta_per, seed, stochastic_rounding)
+        self._of_group = {**radii.group_defaults(rho, schedule), "adaptive": adaptive, "ascents": 0}
+        self.defaults = {**base.defaults, **self._of_group}
+        self._begin()
+        # What Optimizer's constructor does besides making groups and state.
+        super().__setstate__({})
+        for group in self.param_groups:
+            self._join(group)
+        if mask is not None:
+            self.ascent.check_count(self.param_groups)
+
+    def _begin(self) -> None:
+        self.clean_view = CleanView()
+        self.clean_view.find(p for group in self.param_groups for p in group["params"])
+        self.ledger = Ledger(self._structure, lambda group, i: None, self._prepare)
+        # What the ledger shows: masks.
+        self._masks: dict[Parameter, dict[str, Tensor]] = {}
+
+    def _join(self, group: dict[str, Any]) -> None:
+        for name, value in self._of_group.items():
+            group.setdefault(name, value)
+        group["ascents"] = self.param_groups[0]["ascents"]
+        radii.join(group, self.param_groups[0])
+        radii.check_group(group)
+        self.ascent.check_parameters(group)
+
+    @staticmethod
+    def _structure(group: Mapping[str, Any], i: int | None) -> bool:
+        return group["adaptive"]
+
+    def _prepare(self, lanes: Any, entries: list[Mapping[str, Any]]) -> None:
+        if self.mask is not None:
+            self.ascent.words(lanes)
+
+    # -- groups and state are the base's -------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's parameter groups."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base's state."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base."""
+        self.base.add_param_group(param_group)
+        self._join(self.param_groups[-1])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as the base does."""
+        self.base.zero_grad(set_to_none)
+
+    def __getattr__(self, name: str) -> Any:
+        # What else the base has, such as schedule-free's train() and eval().
+        if name.startswith("_") or name == "base":
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    @property
+    def _shown(self) -> dict[Parameter, dict[str, Tensor]]:
+        return self._masks
+
+    def _descend_all(self) -> None:
+        self.ledger.restore()
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if getattr(self.base, "_step_supports_amp_scaling", False) and found_inf is not None:
+            self.base.found_inf, self.base.grad_scale = found_inf, scale
+            try:
+                self.base.step()
+            finally:
+                del self.base.found_inf, self.base.grad_scale
+            return
+        if isinstance(found_inf, Tensor) and found_inf.item():
+            return
+        if scale is not None:
+            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            for grad in grads:
+                grad.mul_(1.0 / scale.to(grad.device, grad.dtype))
+        self.base.step()
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict, and under ``"masks"`` what was chosen of each parameter, by its number there."""
+        out = self.base.state_dict()
+        if self.mask is not None:
+            for lanes in self.ledger:
+                lanes.show(self._masks)
+            numbers = [n for group in out["param_groups"] for n in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            out["masks"] = {n: self._masks[p] for n, p in zip(numbers, params, strict=True) if p in self._masks}
+        return out
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` has given; a state dict of the base alone will do."""
+        self.restore()
+        masks = state_dict.get("masks", {})
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "masks"})
+        params = [p for group in self.param_groups for p in group["params"]]
+        for group in self.param_groups:
+            self._join(group)
+        self._masks.clear()
+        self._masks.update((p, dict(masks[n])) for n, p in zip(numbers, params, strict=True) if n in masks)
+        self.ledger.forget()
+        self.ledger.refresh(self.param_groups, self._masks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.perturbed:
+            raise RuntimeError(
+                "the weights are perturbed: call restore() or step() before copying or pickling the optimizer"
+            )
+        kept = ("base", "gamma", "ascent", "_of_group", "defaults")
+        return {name: vars(self)[name] for name in kept} | {"masks": dict(self._masks)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        masks = state.pop("masks", {})
+        super().__setstate__(state)
+        self._begin()
+        self._masks.update(masks)
+
+    def __del__(self) -> None:
+        ledger = self.__dict__.get("ledger")
+        if ledger is not None and ledger.perturbed:
+            with torch.no_grad():
+                ledger.restore()
+
+

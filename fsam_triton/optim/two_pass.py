@@ -1,0 +1,327 @@
+"""TwoPass: the protocol of a sharpness-aware step: climb to w + eps, take the gradient there, descend from w."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from ..batches.samples import select_samples
+from ..buffers.ledger import Ledger
+from ..errors import check
+from . import rho
+from .ascent import Ascent
+from .clean import CleanView
+from .schedule import Schedule
+
+# After so many steps that were to be sharpness-aware and were not, somebody must have forgotten the ascent.
+_FORGOTTEN = 5
+
+
+class TwoPass(Optimizer):
+    """The protocol that `FSAM` and `SAM` share. They have `ledger`, `ascent`, `clean_view` and `gamma`, and descend."""
+
+    ledger: Ledger
+    ascent: Ascent
+    clean_view: CleanView
+    gamma: float
+    _unperturbed_steps = 0
+
+    # -- what the two provide ------------------------------------------------------------------------------------------
+
+    def _descend_all(self) -> None:
+        """Restore, if perturbed, and update."""
+        raise NotImplementedError
+
+    def _keep_first_gradients(self, found: Any) -> None:
+        """Keep the gradients of the ascent, which are cleared next, if the descent needs them."""
+
+    @property
+    def _shown(self) -> Any:
+        """Where the lanes are shown."""
+        return self.state
+
+    @property
+    def _combines(self) -> bool:
+        """Whether the descent needs all of the first gradient."""
+        return False
+
+    # -- the protocol --------------------------------------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> Schedule:
+        """When steps are sharpness-aware; from the parameter groups, where a loaded state dict can have changed it."""
+        return rho.schedule_of(self.param_groups)
+
+    @property
+    def is_sharp(self) -> bool:
+        """Whether the schedule wants the coming step to be sharpness-aware."""
+        return self.schedule.is_sharp(self.param_groups[0]["updates"])
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the parameters hold perturbed weights at this moment."""
+        return self.ledger.perturbed
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[..., Any] | None = None, batch: Any = None) -> Any:
+        """Descend, with a closure after an ascent: the whole step; without one: the second half after `perturb`.
+
+        Args:
+            closure: without a batch: zeroes the gradients, evaluates the model, calls backward (for each micro-batch,
+                if gradients are accumulated) and returns the loss. It is called at the weights and, where the schedule
+                says so, again at the perturbed weights (only there if `perturb` was called before). Gradients that
+                are there already count only if it does not zero them. With a batch: ``closure(batch)`` evaluates the
+                model on a batch, which may be a part of the one given, and returns the losses of its samples, [n];
+                zeroing, mean and backward are done here. If it raises, the clean weights are put back.
+            batch: what the closure is called with: tensors, dicts of tensors as transformers makes them, or any nesting
+                (see `select_samples`).
+
+        Returns:
+            The loss, or the losses [n], at the clean weights; None without a closure.
+
+        Raises:
+            ArgumentError: gamma < 1 and no batch was given.
+            RuntimeError: a GradScaler is in use and a closure was given; or the closure returns a loss and has computed
+                no gradients.
+        """
+        self._check_under_scaler(closure)
+        if closure is None:
+            self._finish()
+            return None
+        needs_batch = self.gamma < 1 and batch is None
+        check(not needs_batch, "gamma", self.gamma, "must be 1 without a batch: step(closure, batch)")
+        loss = None
+        try:
+            perturbed = self.perturbed
+            with contextlib.nullcontext() if perturbed else self.ascent_pass():
+                loss = self._evaluate(closure, batch)
+            if not perturbed and self.is_sharp and (found := self._collect()):
+                self._ascend(found)
+                if self.gamma < 1:
+                    batch = select_samples(batch, loss, closure(batch), self.gamma)
+                self._evaluate(closure, batch)
+                if loss is None and all(p.grad is None for group in self.param_groups for p in group["params"]):
+                    raise RuntimeError("the closure left no gradients at w + eps: it must call backward() each time")
+        except BaseException:
+            self.restore()
+            raise
+        self._finish()
+        return loss
+
+    def _finish(self) -> None:
+        self._warn_if_forgotten()
+        try:
+            self._descend_all()
+        except BaseException:
+            self.restore()
+            raise
+        finally:
+            self.clean_view.close()
+        rho.count(self.param_groups)
+
+    def _warn_if_forgotten(self) -> None:
+        wanted = self.is_sharp and any(group["rho"] > 0 for group in self.param_groups)
+        if not wanted or self.perturbed:
+            self._unperturbed_steps = -1 if self.perturbed else self._unperturbed_steps
+            return
+        if self._unperturbed_steps >= 0:
+            self._unperturbed_steps += 1
+        if self._unperturbed_steps == _FORGOTTEN:
+            warnings.warn(
+                f"{type(self).__name__} has taken {_FORGOTTEN} steps and none was sharpness-aware: they are plain updates "
+                "without perturb() and a second backward() before step(), or step(closure), or SAMTrainer",
+                stacklevel=4,
+            )
+
+    def _check_under_scaler(self, closure: Callable[..., Any] | None) -> None:
+        if getattr(self, "found_inf", None) is not None and closure is not None:
+            raise RuntimeError(
+                "GradScaler.step(optimizer, closure) checks no gradients: call backward(), perturb(scaler), backward() "
+                "and scaler.step(optimizer) instead"
+            )
+
+    def _evaluate(self, closure: Callable[..., Any], batch: Any) -> Any:
+        with torch.enable_grad():
+            if batch is None:
+                before = self._written()
+                loss = closure()
+                if loss is not None and self._written() == before:
+                    raise RuntimeError("the closure has computed no gradients: it must call backward() each time")
+                return loss
+            self.zero_grad()
+            losses = closure(batch)
+            losses.mean().backward()
+        return losses.detach()
+
+    def _written(self) -> list[tuple[int, int] | None]:
+        """What tells whether a gradient has been computed since."""
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        return [None if grad is None else (id(grad), grad._version) for grad in grads]
+
+    def _collect(self) -> Any:
+        return self.ledger.collect(self.param_groups, self._shown)
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def perturb(self, scaler: GradScaler | None = None) -> None:
+        """Climb: w -> w + eps(w) from the gradients there are, which are cleared. The schedule decides on rho alone.
+
+        Until `step` or `restore`, `state_dict()` of the model shows clean weights.
+
+        Args:
+            scaler: the GradScaler by which the gradients are scaled. eps is that of the unscaled gradients; if they
+                overflowed it is zero, and a mask that is due waits for the next ascent (default: None).
+
+        Raises:
+            RuntimeError: the parameters are perturbed already, or none has a gradient, or the scaler has unscaled them.
+        """
+        if self.perturbed:
+            raise RuntimeError("perturb() was called twice: call step() or restore() in between")
+        if scaler is not None and self._is_unscaled_by(scaler):
+            raise RuntimeError("unscale_() before perturb(scaler): call it, if at all, after the second backward()")
+        found = self._collect()
+        if not found:
+            raise RuntimeError("perturb() needs gradients: call backward() first")
+        # Not get_scale(), which waits for the device.
+        scale = None if scaler is None else scaler.scale(torch.ones((), device=self.ledger.home))
+        try:
+            self._ascend(found, scale)
+            # Until the step anybody may save the model; within step(closure) only the closure could.
+            self.clean_view.open(self.ledger)
+        except BaseException:
+            self.restore()
+            raise
+
+    def _ascend(self, found: Any, scale: Tensor | None = None) -> None:
+        schedule = self.schedule
+        radii = {
+            id(group): (-1.0 if group.get("maximize") else 1.0) * rho.rho_of(group, schedule)
+            for group in self.param_groups
+        }
+        self.ascent.climb(self.ledger, found, self.param_groups, radii, scale)
+        self._keep_first_gradients(found)
+        for lanes, _ in found:
+            for p in lanes.params:
+                p.grad = None
+
+    def _is_unscaled_by(self, scaler: GradScaler) -> bool:
+        # A scaler that is switched off has no such attribute.
+        state = getattr(scaler, "_per_optimizer_states", {}).get(id(self), {})
+        return state.get("stage") is OptState.UNSCALED
+
+    @contextlib.contextmanager
+    def ascent_pass(self) -> Iterator[None]:
+        """Around the first forward and backward pass: leaves out weight gradients that the perturbation does not need.
+
+        Those are of the tensors that are not drawn (``beta_per="tensor"``), and of the unselected tensors of a
+        ``FisherMask(unit="tensor")`` with ``mask_norm="masked"`` between two choices. Their ``requires_grad`` is off
+        inside. Nothing is left out as long as none of the other tensors was ever updated: the loss might not depend on
+        them. `step` with a closure does it by itself.
+        """
+        frozen: list[Parameter] = []
+        if self.is_sharp and not self.perturbed:
+            known = [p for lanes in self.ledger for p in lanes.params if self.state.get(p)]
+            out = self.ascent.unneeded(self.ledger, self.param_groups[0]["ascents"], self._combines, known)
+            frozen = [p for p in out if p.requires_grad]
+        for p in frozen:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(True)
+
+    @contextlib.contextmanager
+    def perturbed_weights(self) -> Iterator[None]:
+        """Perturb inside the block from the gradients there are (which are cleared), restore at its end in any case."""
+        self.perturb()
+        try:
+            yield
+        finally:
+            self.restore()
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """`perturb`, by the name other SAM optimizers have for it. Gradients are cleared either way."""
+        self.perturb()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """`step`, by the name other SAM optimizers have for it, and `zero_grad` if asked."""
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back the clean weights, to the bit, if the parameters are perturbed."""
+        self.ledger.restore()
+        self.clean_view.close()
+
+    @torch.no_grad()
+    def clean_weight(self, p: Tensor) -> Tensor | None:
+        """The clean weights of a parameter that is perturbed at this moment, as a tensor like it.
+
+        Args:
+            p: any tensor.
+
+        Returns:
+            What `restore` would put back, or None if p is not perturbed, or not a parameter of this optimizer.
+        """
+        return self.ledger.clean_weight(p)
+
+    # -- masks ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def mask(self) -> Any:
+        """The `FisherMask`, or None."""
+        return self.ascent.mask
+
+    @torch.no_grad()
+    def mask_of(self, p: Tensor) -> Tensor:
+        """What `perturb` moves of a parameter, apart from what beta draws.
+
+        Args:
+            p: one of the optimizer's parameters.
+
+        Returns:
+            bool tensor in the parameter's shape. Before the first perturbation a `FisherMask` has chosen nothing.
+
+        Raises:
+            ArgumentError: p is not a parameter of this optimizer.
+        """
+        self.ledger.refresh(self.param_groups, self._shown)
+        place = self.ledger.place(p)
+        shape = tuple(p.shape)
+        check(place is not None, "p", f"a tensor of shape {shape}", "must be a parameter of this optimizer")
+        return self.ascent.mask_of(*place)
+
+    @torch.no_grad()
+    def mask_density(self) -> dict[str, float]:
+        """How much of each parameter the mask lets `perturb` move; it waits for the device.
+
+        Returns:
+            For each parameter, by name or (the optimizer was given no names) by position over all groups as a string,
+            the fraction of its weights: 1.0 or 0.0 for one that the mask does not choose from, 0.0 for any other before
+            the first perturbation.
+
+        Raises:
+            RuntimeError: the optimizer has no mask.
+        """
+        if self.mask is None:
+            raise RuntimeError("mask_density() needs an optimizer with a FisherMask")
+        self.ledger.refresh(self.param_groups, self._shown)
+        density = self.ascent.density(self.ledger)
+        out: dict[str, float] = {}
+        for group in self.param_groups:
+            names = group.get("param_names")
+            for i, p in enumerate(group["params"]):
+                out[names[i] if names else str(len(out))] = density.get(p, float(self.ascent.moves_excluded()))
+        return out

@@ -1,0 +1,98 @@
+"""The sum of squares of all gradients in one pass, plain or scaled by the weights, over all coordinates or a mask."""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import spec
+from .blocks import ALIGNED, BLOCK, FIRST_CHUNK, GRAD, OFFSET, WARPS, WEIGHT, locate, mask_bits, pointer
+from .rounding import widen
+from .segments import Segments
+
+
+@triton.jit
+def _squares(
+    first,
+    left,
+    place,
+    grad_place,
+    weight_place,
+    grad_ptr,
+    weight_ptr,
+    mask_ptr,
+    compute: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.arange(0, BLOCK)
+    inside = None if WHOLE else first + offs < left
+    other = None if WHOLE else 0.0
+    x = widen(tl.load(pointer(grad_ptr, grad_place + first, WHOLE) + offs, mask=inside, other=other), compute)
+    if weight_ptr is not None:
+        weight_ptr = pointer(weight_ptr, weight_place + first, WHOLE)
+        x *= widen(tl.load(weight_ptr + offs, mask=inside, other=other), compute)
+    if mask_ptr is not None:
+        # Zero times an inf or NaN is NaN: what is not finite shows, masked or not.
+        x = tl.where(mask_bits(mask_ptr, place + first, offs, inside), x, x * 0.0)
+    return x * x
+
+
+@triton.jit(do_not_specialize=["grad_ptr", "weight_ptr"])
+def norm_kernel(
+    table_ptr,
+    segments_ptr,
+    grad_ptr,
+    weight_ptr,
+    mask_ptr,
+    partial_ptr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """partial[c] = sum over chunk c of (s g)^2 with s = abs(w) (ASAM, arXiv 2102.11600 eq. 7) or 1.
+
+    A chunk belongs to one segment, and its sum is one tree: the result depends neither on how many processors there are
+    nor on other segments. An inf or NaN anywhere makes the sum inf or NaN, which is the finite check.
+
+    Args:
+        table_ptr: where the segments are, int64 [segments, len(spec.TABLE)].
+        segments_ptr: the segment of each program, int32 [chunks].
+        grad_ptr: from where the table counts gradients, fp32/bf16/fp16/fp64.
+        weight_ptr: the same for weights, of any float type; or None for s = 1.
+        mask_ptr: int32 words of 32 mask bits [size / 32], the sum is over these coordinates; or None.
+        partial_ptr: fp64 [chunks]; written.
+
+    Bytes per element: the gradient's, plus the weight's if there are weights, plus 1/8 with a mask.
+    """
+    compute: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
+    _, row, start, left = locate(table_ptr, segments_ptr, FIRST_CHUNK, CHUNK)
+    places = (tl.load(row + OFFSET) + start, tl.load(row + GRAD) + start, tl.load(row + WEIGHT) + start)
+    total = tl.zeros([BLOCK], compute)
+    if (left == CHUNK) & (tl.load(row + ALIGNED) != 0):
+        for first in range(0, CHUNK, BLOCK):
+            total += _squares(first, left, *places, grad_ptr, weight_ptr, mask_ptr, compute, True, BLOCK)
+    else:
+        first = 0
+        while first < left:
+            total += _squares(first, left, *places, grad_ptr, weight_ptr, mask_ptr, compute, False, BLOCK)
+            first += BLOCK
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total, 0).to(tl.float64))
+
+
+def norm_sq(segments: Segments, adaptive: bool, mask: torch.Tensor | None) -> torch.Tensor:
+    """Launch `norm_kernel` and add up its partial sums in fp64; arguments and result as `reference.norm_sq`."""
+    plan = segments.plan
+    partial = torch.empty(plan.chunks if segments else 0, dtype=torch.float64, device=plan.device)
+    if len(partial):
+        norm_kernel[(plan.chunks,)](
+            segments.relative(),
+            plan.segment_of("chunks"),
+            segments.anchor("grad"),
+            segments.anchor("weight") if adaptive else None,
+            mask,
+            partial,
+            BLOCK=BLOCK,
+            CHUNK=spec.CHUNK,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+    return partial.sum()

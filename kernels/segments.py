@@ -1,0 +1,170 @@
+"""Segments: the tensors that one launch works on where they are, and where each of them begins in the lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import spec
+
+_COLUMN = {name: i for i, name in enumerate(spec.TABLE)}
+_address_of = Tensor.data_ptr
+
+
+class Plan:
+    """How segments of certain lengths lie in lanes, and which program of a launch works on which of them.
+
+    Args:
+        lengths: elements of each segment.
+        device: of the lanes.
+
+    Attributes:
+        offsets: where each segment begins, multiples of `spec.ALIGN`.
+        size: elements of a lane; gaps between segments hold zeros.
+        blocks, chunks: how many there are, of all segments.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lengths = list(lengths)
+        self.device = device
+        length = np.asarray(self.lengths, np.int64)
+        padded = -(-length // spec.ALIGN) * spec.ALIGN
+        self._blocks_of, self._chunks_of = -(-length // spec.BLOCK), -(-length // spec.CHUNK)
+        self.template = np.zeros((len(length), len(spec.TABLE)), np.int64)
+        for name, counts in (("offset", padded), ("block", self._blocks_of), ("chunk", self._chunks_of)):
+            self.template[:, _COLUMN[name]] = counts.cumsum() - counts
+        self.template[:, _COLUMN["length"]] = length
+        self.offsets: list[int] = self.template[:, _COLUMN["offset"]].tolist()
+        self.size, self.blocks, self.chunks = (int(c.sum()) for c in (padded, self._blocks_of, self._chunks_of))
+        self._maps: dict[str, Tensor] = {}
+
+    def segment_of(self, what: str) -> Tensor:
+        """The segment of each of the "blocks" or "chunks", int32 on the device; made when first asked for."""
+        if what not in self._maps:
+            counts = self._blocks_of if what == "blocks" else self._chunks_of
+            host = torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int32), counts))
+            self._maps[what] = upload(host, self.device)
+        return self._maps[what]
+
+    def part(self, lane: Tensor, i: int) -> Tensor:
+        """Segment i's elements of a lane, flat."""
+        return lane[self.offsets[i] : self.offsets[i] + self.lengths[i]]
+
+    def words(self, mask: Tensor, i: int) -> Tensor:
+        """Segment i's words of a mask, int32 [size / 32]: bit j % 32 of word j // 32 is that of element j."""
+        start = self.offsets[i] // 32
+        return mask[start : start - (-self.lengths[i] // 32)]
+
+
+class Segments:
+    """The segments of one launch, all of one device. Tensors are dense, and read and written in the order of memory.
+
+    Args:
+        plan: of the lanes.
+        weight: the weights; or None for a segment that takes no part.
+        grad: the gradients, or whatever takes their place, in any one float type; None where there is none, which
+            takes no part either.
+        clean: where an update reads the clean weights (default: `weight`).
+        other: second gradients, in the type of the first.
+        uploaded: the last table of the same plan, which is taken again if it is the same.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        weight: Sequence[Tensor | None],
+        grad: Sequence[Tensor | None],
+        *,
+        clean: Sequence[Tensor | None] | None = None,
+        other: Sequence[Tensor | None] | None = None,
+        uploaded: Uploaded | None = None,
+    ) -> None:
+        self.plan = plan
+        self.tensors = {"weight": weight, "grad": grad, "clean": weight if clean is None else clean, "other": other}
+        self._uploaded = Uploaded() if uploaded is None else uploaded
+        self.active = [w is not None and g is not None for w, g in zip(weight, grad, strict=True)]
+        self.all_active = all(self.active)
+        self._first = next((i for i, active in enumerate(self.active) if active), None)
+
+    def __bool__(self) -> bool:
+        """Whether any segment takes part."""
+        return self._first is not None
+
+    def dtype(self, column: str = "weight") -> torch.dtype:
+        """The type of a column's tensors."""
+        return self.tensors[column][self._first].dtype
+
+    def flat(self, column: str, i: int) -> Tensor | None:
+        """Segment i's tensor of a column, flat in the order of memory: the same memory."""
+        if self.tensors[column] is None:
+            return None
+        tensor = self.tensors[column][i].detach()
+        return tensor.as_strided((tensor.numel(),), (1,))
+
+    def anchor(self, column: str) -> Tensor | None:
+        """The tensor from which `relative` tables count a column."""
+        tensors = self.tensors[column]
+        return None if tensors is None else tensors[self._first]
+
+    def addresses(self) -> np.ndarray:
+        """The table with addresses, int64 [segments, len(spec.TABLE)]."""
+        table = self.plan.template.copy()
+        if not self.all_active:
+            table[~np.asarray(self.active), _COLUMN["length"]] = 0
+        aligned = np.zeros(len(table), np.int64)
+        done: dict[int, np.ndarray] = {}
+        for name, tensors in self.tensors.items():
+            if tensors is None:
+                continue
+            if id(tensors) not in done:
+                if not self.all_active:
+                    present = [t if active else None for t, active in zip(tensors, self.active, strict=True)]
+                    done[id(tensors)] = np.array([0 if t is None else t.data_ptr() for t in present], np.int64)
+                else:
+                    done[id(tensors)] = np.array(list(map(_address_of, tensors)), np.int64)
+            table[:, _COLUMN[name]] = done[id(tensors)]
+            aligned |= done[id(tensors)]
+        table[:, _COLUMN["aligned"]] = aligned & 15 == 0
+        return table
+
+    def relative(self) -> Tensor:
+        """The table on the device, tensors as elements from their column's anchor."""
+        table = self.addresses()
+        for name in self.tensors:
+            if (anchor := self.anchor(name)) is not None:
+                column = table[:, _COLUMN[name]]
+                column -= anchor.data_ptr()
+                column //= anchor.element_size()
+        return self._uploaded.table(table, self.plan.device)
+
+
+class Uploaded:
+    """A table that is sent to the device again only when it has changed."""
+
+    def __init__(self) -> None:
+        self._host: np.ndarray | None = None
+        self._device: Tensor | None = None
+
+    def table(self, table: np.ndarray, device: torch.device) -> Tensor:
+        if self._host is None or not np.array_equal(table, self._host):
+            self._host, self._device = table, upload(torch.from_numpy(table), device)
+        return self._device
+
+
+# What captured CUDA graphs copy from when they are replayed.
+_captured: list[Tensor] = []
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, from pinned memory, without waiting."""
+    if device.type != "cuda":
+        return host.to(device)
+    pinned = host.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(pinned)
+    # Otherwise the allocator of pinned memory knows when the copy is done.
+    return pinned.to(device, non_blocking=True)

@@ -1,0 +1,47 @@
+"""What kernels, C++ and reference have in common: sizes, the columns of tables and coefficients, random numbers."""
+
+from __future__ import annotations
+
+# Elements of a Triton program: four a thread, 16-byte accesses of fp32 and 8-byte ones of 16-bit types.
+BLOCK = 1024
+# Elements of one partial sum. It belongs to one segment, so sums depend neither on a device nor on other segments.
+CHUNK = 16 * BLOCK
+# In a lane every segment begins on a multiple of so many elements: vector loads, and a word of a mask, which has 32 bits.
+ALIGN = 32
+
+# Columns of a segment table, int64 [segments, len(TABLE)]; see `segments.Segments`.
+#   offset, length: of the segment in the lanes; a length of 0 means that it takes no part in this launch
+#   block, chunk: the number of its first block and of its first chunk among those of all segments
+#   weight, grad, clean, other: where its tensors are: addresses for C++, elements from an anchor for Triton
+#   aligned: whether these four, if there, lie on multiples of 16 bytes
+TABLE = ("offset", "length", "block", "chunk", "weight", "grad", "clean", "other", "aligned")
+
+# Columns of the coefficients of `perturb`, one row a segment, in the compute type.
+#   scale: what the gradient is multiplied with
+#   chance: the probability with which a coordinate moves, minus 1/2, a multiple of 2**-15; read if drawn at random
+PERTURB = ("scale", "chance")
+
+# Columns of the coefficients of `descend`: those of every rule, then the rule's own.
+#   factor: of the gradient: unscaling, clipping, sign; NaN skips the update
+#   other: of the second gradient
+#   rate: of the average of the weights; NaN leaves it as it is
+#   decay: of the difference to the anchor, or to zero
+_OF_ALL = ("factor", "other", "rate", "decay")
+DESCEND = {
+    "adamw": (*_OF_ALL, "new1", "beta2", "new2", "step_size", "inv_sqrt_bias2", "eps"),
+    "sgd": (*_OF_ALL, "momentum", "new", "of_grad", "of_buffer", "lr"),
+    "lion": (*_OF_ALL, "beta1", "new1", "new2", "lr"),
+}
+# The lanes of a rule's state; the last one may be missing (amsgrad off, no momentum).
+STATE = {
+    "adamw": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    "sgd": ("momentum_buffer",),
+    "lion": ("exp_avg",),
+}
+
+# The counter-based generator: bits(i) = mix(i * WEYL + key), mix(x) = (x ^ x >> 15) * MIX, all mod 2**32.
+# WEYL is 2**32 over the golden ratio, so that neighbours start far apart; MIX is of the lowbias32 family.
+WEYL = 0x9E3779B1
+MIX = 0x2C1B3C6D
+# From this magnitude on a number is rounded to nearest, where stochastic rounding might overflow.
+LARGE = 2.0**100

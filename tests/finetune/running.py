@@ -1,0 +1,18 @@
+"""Runs the command line in this process, and reads what it has written."""
+
+import json
+
+from fsam_triton.finetune.command import finetune
+from fsam_triton.finetune.parser import parse
+
+WORDS = ["good", "fine", "bright", "bad", "dull", "grey", "film", "plot", "was", "the"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+
+
+def results(tmp_path):
+    return json.loads((tmp_path / "out" / "all_results.json").read_text())
+
+
+def trained(options, *more):
+    """Run the command line in this process, whatever it wrote before, and return its runs."""
+    return finetune(parse(["--overwrite_output_dir", *options, *more]))

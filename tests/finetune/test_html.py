@@ -1,0 +1,323 @@
+"""The page of --report: what it shows, when it is refused, and that a browser needs nothing else and finds no fault."""
+
+import contextlib
+import dataclasses
+import html.parser
+import importlib.util
+import io
+import math
+import shlex
+import shutil
+import types
+
+import psutil
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+for package in ("jinja2", "matplotlib", "scipy"):
+    pytest.importorskip(package)
+
+from fsam_triton import FishMask, analysis, finetune  # noqa: E402  (transformers, if installed)
+from fsam_triton.finetune import html as html_report  # noqa: E402
+from fsam_triton.finetune import models, probe  # noqa: E402
+from fsam_triton.finetune.options import SAM_TYPES, Arguments  # noqa: E402
+from fsam_triton.finetune.report import Run  # noqa: E402
+from fsam_triton.finetune.texts import SUBSET_SEED, read_texts  # noqa: E402
+from tests.finetune.running import results, trained  # noqa: E402
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+LABELS = ["<b>bad</b>", "</title><script>alert(1)</script>"]
+RUN = Run("AdamW", losses=[1.0, 0.5], step_seconds=[0.1, 0.1], evaluations=[(2, 0.75, 0.25)])
+
+
+class Page(html.parser.HTMLParser):
+    """What is in a page: its elements as (tag, attributes), the cells of each table row, the command, all text.
+
+    Args:
+        text: the page's HTML.
+    """
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.rows, self.command, self.text = [], [], "", ""
+        self._inside = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in ("meta", "link", "img"):
+            self._inside.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self._inside.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if {"td", "th"} & set(self._inside):
+            self.rows[-1][-1] += data
+        elif "pre" in self._inside:
+            self.command += data
+
+
+@dataclasses.dataclass
+class Made:
+    """What a run of the command line with --report has left behind."""
+
+    argv: list
+    folder: object
+    printed: str
+    path: object
+    page: Page
+
+
+@pytest.fixture(scope="module")
+def made(tiny_bert, tmp_path_factory):
+    """AdamW and Fisher-SAM on reviews whose file's and labels' names are HTML."""
+    folder = tmp_path_factory.mktemp("report")
+    data = folder / "<img src=x onerror='alert(1)'> & co.csv"
+    words = {LABELS[0]: "bad", LABELS[1]: "good"}
+    data.write_text("label,text\n" + "".join(f"{label},the film was {words[label]}\n" for label in LABELS * 12))
+    argv = ["--model_name_or_path", tiny_bert, "--train_file", str(data), "--validation_file", str(data)]
+    argv += ["--output_dir", str(folder / "out"), "--report", str(folder / "page"), "--max_steps", "3", "--use_cpu"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert finetune.main(argv) == 0
+    path = folder / "page" / "report.html"
+    return Made(argv, folder, printed.getvalue(), path, Page(path.read_text(encoding="utf-8")))
+
+
+def test_page_refers_to_nothing_outside_itself(made):
+    for tag, attributes in made.page.elements:
+        assert tag not in ("script", "iframe", "object", "embed", "base")
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith(("#", "data:")), (tag, attributes)
+    text = made.path.read_text(encoding="utf-8")
+    assert "@import" not in text
+    assert text.count("url(") == text.count("url(#")
+
+
+def test_page_has_the_figures_that_are_printed(made):
+    printed = [line.split() for line in made.printed.splitlines()[3:5]]
+    assert [row[0] for row in printed] == ["AdamW", "Fisher-SAM"]
+    assert made.page.rows[1:3] == printed
+
+
+def test_command_of_the_page_is_the_one_that_was_typed(made):
+    assert shlex.split(made.page.command) == ["fsam-finetune", *made.argv]
+
+
+def test_command_of_several_workers_starts_them(monkeypatch):
+    monkeypatch.setattr(html_report.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    words = html_report.command_line(["--seed", "1"])
+    assert " ".join(words) == "torchrun --nnodes 2 --nproc-per-node 4 -m fsam_triton.finetune --seed 1"
+
+
+def test_names_that_the_user_gave_are_text(made):
+    assert not {"b", "img", "script"} & {tag for tag, _ in made.page.elements}
+    assert ", ".join(sorted(LABELS)) in made.page.text
+    assert made.argv[3] in made.page.text
+
+
+def test_page_says_what_its_figures_depend_on(made):
+    facts = html_report.facts(Arguments(seed=7), ["a"], None)
+    assert {"date", "device", "labels", "python", "triton", "transformers", "fsam-triton"} <= facts.keys()
+    assert facts["torch"] == torch.__version__
+    assert facts["seeds"].startswith("7 for training")
+    assert "24 training and 24 validation texts, 2 labels" in made.page.text
+    for field in dataclasses.fields(Arguments):
+        assert f"--{field.name}" in made.page.text
+
+
+def test_sharpness_is_that_of_the_weights_before_training_and_of_those_saved(made):
+    tokenizer = models.load_tokenizer(made.argv[1])
+    features = models.encode(tokenizer, read_texts(made.argv[3]), 96, sorted(LABELS))
+    batches = list(models.draw_batches(tokenizer, features, probe.TEXTS, probe.BATCH, SUBSET_SEED))
+    models.transformers.set_seed(42)
+    start, _ = models.load_model(made.argv[1], sorted(LABELS))
+    found = {"before training": start}
+    for sam_type in ("none", "fisher-sam"):
+        folder = made.folder / "out" / sam_type
+        saved = models.transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+        found[SAM_TYPES[sam_type]] = saved
+    for row, (name, model) in zip(made.page.rows[4:7], found.items(), strict=True):
+        losses = [model.eval()(**batch).loss.item() for batch in batches]
+        sharpness = analysis.m_sharpness(model, lambda model, batch: model(**batch).loss, batches, 0.05)
+        assert row[:3] == [name, f"{sum(losses) / len(losses):.3g}", f"{sharpness:.3g}"]
+        assert all(math.isfinite(float(cell)) for cell in row[3:])
+
+
+def test_landscapes_are_of_the_runs_with_one_scale(made):
+    labels = [attributes["aria-label"] for _, attributes in made.page.elements if attributes.get("role") == "img"]
+    assert len(labels) == 3
+    assert "AdamW" in labels[2]
+    assert "Fisher-SAM" in labels[2]
+    assert made.page.text.count("mean loss") == 1  # the label of the scale of colours
+
+
+def test_mask_of_a_fisher_type_is_a_table_of_its_densities(made):
+    rows = {row[0]: row[1:] for row in made.page.rows[7:]}
+    (densities,) = [run["mask_density"] for run in json_of(made)["runs"] if run["mask_density"]]
+    assert densities["bert.embeddings.word_embeddings.weight"] == 1.0
+    column = rows["layer"].index("attention.self.query.weight")
+    for layer in ("bert.encoder.layer.0", "bert.encoder.layer.1"):
+        assert rows[layer][column] == f"{100 * densities[layer + '.attention.self.query.weight']:.3g}"
+    assert rows["classifier"][column] == ""
+
+
+def json_of(made):
+    return results(made.folder)
+
+
+def test_mask_of_the_trained_weights_is_shown_once():
+    mask = FishMask.random(torch.nn.Linear(4, 4), 0.5)
+    assert html_report.mask_densities([RUN, RUN], mask) == {"Trained in every run": mask.density_by_tensor()}
+    assert html_report.mask_densities([RUN], None) == {}
+
+
+def test_colours_of_densities_are_logarithmic():
+    assert [html_report.shade(density) for density in (0.0, 1e-5, 1e-4, 1e-2, 1.0)] == pytest.approx([0, 0, 0, 0.5, 1])
+
+
+def test_runs_are_the_same_with_a_report_and_saved_deltas_are_measured(options, tmp_path):
+    options = [*options, "--trainable", "random", "--keep_ratio", "0.3", "--save_delta"]
+    plain = trained(options)
+    reported = trained(options, "--report", str(tmp_path / "page"))
+    assert [run.losses for run in reported] == [run.losses for run in plain]
+    page = Page((tmp_path / "page" / "report.html").read_text(encoding="utf-8"))
+    before, adamw, sam = page.rows[4:7]
+    assert len({before[1], adamw[1], sam[1]}) == 3
+
+
+def test_report_folder_that_is_a_file_stops_before_training(options, reviews, tmp_path, capsys):
+    assert finetune.main([*options, "--report", reviews]) == 2
+    assert f"--report {reviews}: File exists" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_missing_package_stops_before_training(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else name)
+    assert finetune.main([*options, "--report", str(tmp_path / "page")]) == 2
+    assert "--report needs matplotlib: pip install 'fsam-triton[demo]'" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*"))
+
+
+def written(tmp_path, sharpness):
+    arguments = Arguments(sam_type=["none"], report=str(tmp_path))
+    task = types.SimpleNamespace(description="data", names=["a", "b"], sizes={})
+    return html_report.write_report(arguments, [], task, [RUN], None, sharpness)
+
+
+def test_page_that_cannot_be_finished_leaves_the_one_before(tmp_path):
+    (tmp_path / "report.html").write_text("old")
+
+    def fail(path, text, encoding):
+        path.write_bytes(text[:100].encode(encoding))
+        raise OSError("no space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html_report.Path, "write_text", fail)
+        with pytest.raises(OSError, match="no space"):
+            written(tmp_path, [])
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("report.html", "old")]
+
+
+def sample(tiny_bert):
+    tokenizer = models.load_tokenizer(tiny_bert)
+    model, _ = models.load_model(tiny_bert, ["a", "b"])
+    return model, [dict(tokenizer(["the film", "the plot"], return_tensors="pt"), labels=torch.tensor([0, 1]))]
+
+
+def test_diverged_model_has_no_figures_but_reasons(tiny_bert, tmp_path):
+    model, batches = sample(tiny_bert)
+    torch.nn.init.constant_(model.classifier.weight, math.nan)
+    found = probe.measure("AdamW", model, batches, has_landscape=True)
+    assert len(found.problems) == 4
+    page = Page(written(tmp_path, [found]).read_text(encoding="utf-8"))
+    assert page.rows[-1] == ["AdamW", *["not measured"] * 4]
+    assert "Not measured: AdamW, m sharpness: the loss of batch 0 is nan" in page.text
+    assert "Loss landscape" not in page.text
+
+
+def test_eigenvalue_is_left_out_where_memory_is_short(tiny_bert, monkeypatch):
+    model, batches = sample(tiny_bert)
+    few = dataclasses.make_dataclass("Memory", ["available"])(2**20)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: few)
+    found = probe.measure("AdamW", model, batches, has_landscape=False)
+    assert math.isnan(found.eigenvalue)
+    assert found.worst_case >= 0
+    assert found.problems == ["AdamW, eigenvalue: needs 0.0 GiB of memory; 0.0 GiB are free"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, as it is installed."""
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)}")
+    playwright = pytest.importorskip("playwright.sync_api")
+    quiet = ["--disable-gpu", "--disable-quic"]
+    with playwright.sync_playwright() as driver, driver.chromium.launch(executable_path=program, args=quiet) as browser:
+        yield browser
+
+
+def opened(browser, path, **view):
+    """Open a page; return it, the addresses it asked for, and what the browser found wrong with it."""
+    page, requests, faults = browser.new_page(**view), [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("requestfailed", lambda request: faults.append(f"failed: {request.url}"))
+    page.on("pageerror", lambda error: faults.append(f"exception: {error}"))
+    page.on("console", lambda message: faults.append(f"{message.type}: {message.text}"))
+    page.goto(path.as_uri())
+    return page, requests, faults
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 1280])
+def test_browser_finds_no_fault_and_fits_the_page_into_its_window(browser, made, width, scheme):
+    page, requests, faults = opened(browser, made.path, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    assert faults == []
+    assert requests == [made.path.as_uri()]
+    assert page.title() == "AdamW, Fisher-SAM: fsam-finetune report"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    paper, ink = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color"))
+    assert (sum_of(paper) < sum_of(ink)) == (scheme == "dark")
+    page.close()
+
+
+def test_printed_page_is_as_wide_as_the_paper(browser, made):
+    a4 = 718  # pixels at 96 dpi, within margins of 1 cm
+    page, _, _ = opened(browser, made.path, viewport={"width": a4, "height": 1046})
+    page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth") <= a4
+    page.close()
+
+
+def sum_of(color):
+    return sum(map(int, color.removeprefix("rgb(").removesuffix(")").split(",")))
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ("<script>console.error('wrong')</script>", "error: wrong"),
+        ("<script>throw new Error('wrong')</script>", "exception: wrong"),
+        ("<img src='gone.png' alt=''>", "failed: "),
+    ],
+)
+def test_faults_of_a_page_are_seen(browser, tmp_path, fault, found):
+    path = tmp_path / "page.html"
+    path.write_text(f"<!doctype html><title>faulty</title>{fault}")
+    page, _, faults = opened(browser, path)
+    assert [text for text in faults if text.startswith(found)]
+    page.close()
