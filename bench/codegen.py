@@ -19,25 +19,40 @@ from pathlib import Path
 import torch
 import triton
 
-from .kernel_builds import PRECISIONS, Build, configurations, steps, unique
-from .machine_code import TARGETS, accesses, bytes_per_parameter, in_flight, occupancy, resources
+from .kernel_builds import PRECISIONS, Build, configurations, is_over_segments, steps, unique
+from .machine_code import (
+    NVIDIA,
+    TARGETS,
+    accesses,
+    bytes_per_parameter,
+    in_flight,
+    instructions_per_parameter,
+    occupancy,
+    resources,
+)
 
 # What the command has printed, committed.
 RESULTS = Path(__file__).parent / "results" / "codegen.txt"
 METHODS = ("AdamW", "AdamW, clipped", "SAM", "FSAM", "GSAM", "momentum-SAM")
 MAIN_PRECISIONS = ("fp32", "bf16", "bf16 + master")
-# ../shared/DESIGN.md, "Numbers to hold": norm, perturb, restore + update.
-DESIGN = {"fp32": (4, 16, 28), "bf16": (2, 8, 14), "bf16 + master": (2, 8, 28)}
+# What a step of SAM must move: norm, perturbation, update.
+DESIGN = {"fp32": (4, 16, 28), "bf16": (2, 8, 14), "bf16 + master": (2, 8, 26)}
 SIZES = {"110 M": 110e6, "1 B": 1e9, "7 B": 7e9}
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: its architecture, bytes a second of its memory, and number of processors, by its data sheet."""
+    """A GPU: its architecture, bytes a second of its memory, and number of processors, by its data sheet.
+
+    Attributes:
+        clock: Hz that its processors keep up under load, or 0 if instructions are not counted for it. Each of them
+            starts 128 instructions of a lane in a cycle.
+    """
 
     target: str
     bandwidth: float
     processors: int
+    clock: float = 0.0
 
     def hidden_latency(self, in_flight: int) -> float:
         """Seconds that a memory access may take while the whole bandwidth is used (Little's law).
@@ -47,14 +62,26 @@ class Device:
         """
         return in_flight * self.processors / self.bandwidth
 
+    def share(self, moved: float, instructions: float) -> float:
+        """The part of the bandwidth that a pass can use whose instructions may take longer than its bytes.
+
+        Args:
+            moved: bytes of an element.
+            instructions: of an element.
+        """
+        memory, issue = moved / self.bandwidth, instructions / (128 * self.processors * self.clock)
+        return memory / max(memory, issue)
+
 
 DEVICES = {
-    "A100 80GB": Device("sm_80", 2.039e12, 108),
-    "H100 SXM": Device("sm_90", 3.35e12, 132),
-    "H200": Device("sm_90", 4.8e12, 132),
-    "B200": Device("sm_100", 8.0e12, 148),
+    "A100 80GB": Device("sm_80", 2.039e12, 108, 1.06e9),
+    "H100 SXM": Device("sm_90", 3.35e12, 132, 1.48e9),
+    "H200": Device("sm_90", 4.8e12, 132, 1.48e9),
+    "B200": Device("sm_100", 8.0e12, 148, 1.72e9),
     "MI300X": Device("gfx942", 5.3e12, 304),
 }
+# The least part of the bandwidth that instructions must leave to every pass.
+BUDGET = {"H200": 0.9, "B200": 0.85}
 # Of those with the same architecture the one that is hardest to feed.
 FASTEST = {device.target: device for device in sorted(DEVICES.values(), key=lambda device: device.bandwidth)}
 
@@ -71,21 +98,27 @@ class Figures:
     shared: int
     occupancy: float
     in_flight: int
+    instructions: float
+
+
+NOT_COUNTED = float("nan")
 
 
 def figures(one: Build, target: str) -> Figures:
     """Compile a build for a target, if that is not done, and read off its figures."""
     found, used = accesses(one, target), resources(one, target)
-    over_parameters = "n" in one.kernel.arg_names or "compact_ptr" in one.kernel.arg_names
+    over_parameters = is_over_segments(one) or "n" in one.kernel.arg_names
+    is_counted = is_over_segments(one) and target in NVIDIA
     return Figures(
         found.loads,
         found.stores,
-        bytes_per_parameter(one, target) if over_parameters else float("nan"),
+        bytes_per_parameter(one, target) if over_parameters else NOT_COUNTED,
         used.registers,
         used.spills,
         used.shared,
         occupancy(one, target),
         in_flight(one, target),
+        instructions_per_parameter(one, target) if is_counted else NOT_COUNTED,
     )
 
 
@@ -121,7 +154,7 @@ def step_bytes(source: Source, target: str = "sm_90") -> dict[tuple[str, str], f
 
 
 def bytes_table(source: Source) -> str:
-    columns = ("grad_norm", "perturb", "surrogate_gap", "adamw_l2sp")
+    columns = ("norm", "perturb", "gap", "descend")
     header = ("norm", "perturb", "dot products", "update", "sum", "DESIGN")
     lines = ["1. Bytes of each parameter that a step moves, from the machine code for sm_90"]
     lines.append(f"{'':15}{'weights':15}" + "".join(f"{name:>14}" for name in header))
@@ -147,16 +180,21 @@ def time_table(source: Source) -> str:
     return "\n".join(lines)
 
 
-HEADER = f"{'loads':>15}{'stores':>15}{'bytes':>9}{'regs':>6}{'spills':>8}{'shared':>8}{'occup.':>8}{'KiB':>6}{'ns':>7}"
+HEADER = f"{'loads':>15}{'stores':>15}{'bytes':>9}{'instr':>7}{'regs':>6}{'spills':>8}{'shared':>8}{'occup.':>8}"
+HEADER += f"{'KiB':>6}{'ns':>7}"
 
 
 def row(target: str, found: Figures) -> str:
     device = FASTEST.get(target)
     covered = f"{device.hidden_latency(found.in_flight) * 1e9:.0f}" if device else ""
-    moved = "" if found.bytes_per_parameter != found.bytes_per_parameter else f"{found.bytes_per_parameter:g}"
-    accessed = f"{target:9}{widths(found.loads):>15}{widths(found.stores):>15}{moved:>9}"
-    used = f"{found.registers:6}{found.spills:8}{found.shared:8}{found.occupancy:8.0%}"
-    return f"{accessed}{used}{found.in_flight / 1024:6.0f}{covered:>7}".rstrip()
+    accessed = f"{target:9}{widths(found.loads):>15}{widths(found.stores):>15}{number(found.bytes_per_parameter):>9}"
+    used = f"{number(found.instructions, '.1f'):>7}{found.registers:6}{found.spills:8}{found.shared:8}"
+    return f"{accessed}{used}{found.occupancy:8.0%}{found.in_flight / 1024:6.0f}{covered:>7}".rstrip()
+
+
+def number(value: float, form: str = "g") -> str:
+    """Nothing for what is not counted."""
+    return format(value, form) if value == value else ""
 
 
 def widths(found: Mapping[int, int]) -> str:
@@ -173,10 +211,39 @@ def main_table(source: Source) -> str:
     return "\n".join(lines)
 
 
+def share_table(source: Source) -> str:
+    """How much of the bandwidth instructions leave to the passes that steps make."""
+    predicted = {name: device for name, device in DEVICES.items() if device.clock}
+    lines = ["4. Instructions of an element, and the part of the bandwidth that they leave to each pass"]
+    lines.append(f"{'':60}{'bytes':>8}{'sm_90':>7}{'sm_100':>7}" + "".join(f"{name:>11}" for name in predicted))
+    for one in configurations():
+        if is_over_segments(one):
+            found = {target: source(one, target) for target in NVIDIA}
+            cells = [f"{found[target].instructions:7.1f}" for target in ("sm_90", "sm_100")]
+            for device in predicted.values():
+                own = found[device.target]
+                cells.append(f"{device.share(own.bytes_per_parameter, own.instructions):11.0%}")
+            lines.append(f"{one.name:60}{found['sm_90'].bytes_per_parameter:8g}" + "".join(cells))
+    budget = ", ".join(f"{share:.0%} of {name}'s" for name, share in BUDGET.items())
+    lines.append(f"Budget: {budget}. {' '.join(over_budget(source)) or 'Every pass keeps it.'}")
+    return "\n".join(lines)
+
+
+def over_budget(source: Source) -> list[str]:
+    """Passes whose instructions leave less of the bandwidth than they should."""
+    found = []
+    for one in filter(is_over_segments, configurations()):
+        for name, least in BUDGET.items():
+            own = source(one, DEVICES[name].target)
+            if DEVICES[name].share(own.bytes_per_parameter, own.instructions) < least:
+                found.append(f"Not kept by {one.name} on {name}.")
+    return found
+
+
 def summary_table(source: Source) -> str:
     """The worst figure over all configurations of a kernel, for each target."""
-    lines = ["4. All configurations: the most of each figure, the least occupancy"]
-    lines.append(f"{'':32}{'target':10}{'registers':>11}{'spills':>8}{'shared':>8}{'occupancy':>11}")
+    lines = ["5. All configurations: the most of each figure, the least occupancy"]
+    lines.append(f"{'':34}{'target':10}{'registers':>11}{'spills':>8}{'shared':>8}{'occupancy':>11}")
     kernels: dict[str, list[Build]] = {}
     for one in configurations():
         kernels.setdefault(one.kernel.__name__, []).append(one)
@@ -186,13 +253,13 @@ def summary_table(source: Source) -> str:
             most = [max(getattr(f, figure) for f in found) for figure in ("registers", "spills", "shared")]
             label = f"{name}, {len(builds)}" if i == 0 else ""
             lines.append(
-                f"{label:32}{target:10}{most[0]:11}{most[1]:8}{most[2]:8}{min(f.occupancy for f in found):11.0%}"
+                f"{label:34}{target:10}{most[0]:11}{most[1]:8}{most[2]:8}{min(f.occupancy for f in found):11.0%}"
             )
     return "\n".join(lines)
 
 
 def full_table(source: Source) -> str:
-    lines = ["5. Every configuration, and what launches it"]
+    lines = ["6. Every configuration, and what launches it"]
     lines.append(f"{'':9}{HEADER}")
     for one, launchers in configurations().items():
         lines.append(f"{one.name} ({'; '.join(launchers)})")
@@ -205,7 +272,7 @@ def title() -> str:
 
 
 def report(source: Source) -> str:
-    tables = (bytes_table, time_table, main_table, summary_table, full_table)
+    tables = (bytes_table, time_table, main_table, share_table, summary_table, full_table)
     return "\n\n".join([title(), *(table(source) for table in tables)])
 
 

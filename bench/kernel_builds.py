@@ -1,17 +1,20 @@
-"""Every kernel as the optimizers launch it, described so that it can be compiled without a GPU."""
+"""Every kernel as the launchers launch it, described so that it can be compiled without a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from triton.compiler import ASTSource
 
-from fsam_triton.kernels import adamw_l2sp, blocks, fisher, grad_norm, perturb, sparse, surrogate_gap, topk_mask
+from fsam_triton.kernels import blocks, descend, fisher, gap, norm, perturb, sparse, spec, topk_mask
 
-SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DTYPES |= {"i16": torch.int16, "i32": torch.int32, "i64": torch.int64}
+SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 # Type of the weights, and whether there are fp32 master weights.
 PRECISIONS = {
     "fp32": ("fp32", False),
@@ -21,6 +24,7 @@ PRECISIONS = {
     "fp16 + master": ("fp16", True),
     "fp64": ("fp64", False),
 }
+REMAINDERS = {"bf16": "i16", "fp16": "i32"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Build:
     Attributes:
         name: of the kernel, its first type and the flags that are set.
         kernel: the @triton.jit function.
-        pointers: the arrays that are given, with their types.
+        pointers: the arrays that are given, with their types; several where the argument is a tuple.
         flags: the constants.
         integers: integer arguments, with whether they are multiples of 16, as Triton's launcher would notice.
         options: of the compiler; with `num_warps` where that is the same on all GPUs.
@@ -39,163 +43,176 @@ class Build:
 
     name: str
     kernel: object
-    pointers: tuple[tuple[str, str], ...]
+    pointers: tuple[tuple[str, str | tuple[str, ...]], ...]
     flags: tuple[tuple[str, object], ...]
     integers: tuple[tuple[str, bool], ...] = ()
     options: tuple[tuple[str, object], ...] = (("enable_fp_fusion", False),)
-    lanes: int = 256
+    lanes: int = blocks.LANES
 
     def source(self) -> ASTSource:
         """What `triton.compile` takes."""
-        types = {name: f"*{dtype}" for name, dtype in self.pointers}
-        types |= {name: "i64" if name == "n" else "i32" for name, _ in self.integers}
-        aligned = {name for name, _ in self.pointers} | {name for name, is_aligned in self.integers if is_aligned}
-        signature = {name: types.get(name, "constexpr") for name in self.kernel.arg_names}
-        flags = dict(self.flags)
-        constants = {(i,): flags.get(name) for i, name in enumerate(signature) if signature[name] == "constexpr"}
-        attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
+        pointers, flags = dict(self.pointers), dict(self.flags)
+        integers, wide = dict(self.integers), "n" in dict(self.integers)
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(self.kernel.params):
+            name, aligned = parameter.name, not parameter.do_not_specialize
+            places = [(i,)]
+            if isinstance(types := pointers.get(name), tuple):
+                signature[name] = tuple(f"*{dtype}" for dtype in types)
+                places = [(i, j) for j in range(len(types))]
+            elif types is not None:
+                signature[name] = f"*{types}"
+            elif name in integers:
+                signature[name], aligned = "i64" if wide else "i32", integers[name]
+            else:
+                signature[name], constants[(i,)], aligned = "constexpr", flags.get(name), False
+            attributes |= {place: [["tt.divisibility", 16]] for place in places if aligned}
         return ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
 
     def warps(self, warp_size: int) -> int:
         return dict(self.options).get("num_warps", self.lanes // warp_size)
 
 
-def build(kernel, pointers: dict[str, str], bound: str | None = None, **flags) -> Build:
-    """A build of a kernel over flat buffers.
+def build(kernel, pointers: dict[str, str | tuple[str, ...]], *words: str, **more) -> Build:
+    """A build of a kernel.
 
     Args:
         kernel: the @triton.jit function.
         pointers: the arrays that are given, with their types.
-        bound: None, n is a multiple of the block; "bounded", of 16; "ragged", any number.
-        **flags: the kernel's constants but for EVEN and BLOCK.
+        *words: what its name says besides the kernel's name.
+        **more: the kernel's constants, in capitals, and further fields of `Build`.
     """
-    flags = {"BLOCK": blocks.BLOCK, **flags}
-    if "EVEN" in kernel.arg_names:
-        flags["EVEN"] = bound is None
-    words = [name.lower() for name, value in flags.items() if value is True and name != "EVEN"]
-    name = "-".join([kernel.__name__.removesuffix("_kernel"), next(iter(pointers.values())), *words])
-    integers = (("n", bound != "ragged"),) if "n" in kernel.arg_names else ()
-    name += f"-{bound}" if bound else ""
-    return Build(name, kernel, tuple(pointers.items()), tuple(flags.items()), integers)
+    flags = {"BLOCK": blocks.BLOCK, **{name: value for name, value in more.items() if name.isupper()}}
+    if "CHUNK" in kernel.arg_names:
+        flags["CHUNK"] = spec.CHUNK
+    fields = {name: value for name, value in more.items() if not name.isupper()}
+    name = "-".join([kernel.__name__.removesuffix("_kernel"), *words])
+    return Build(name, kernel, tuple(pointers.items()), tuple(flags.items()), **fields)
+
+
+# -- passes over segments ----------------------------------------------------------------------------------------------
+
+TABLE = {"table_ptr": "i64", "segments_ptr": "i32"}
+# Sums may be fused: their order is the device's own.
+SUM = {"options": (("enable_fp_fusion", True),)}
+
+
+def said(**switches: bool) -> list[str]:
+    """The names of those that are on."""
+    return [name for name, is_on in switches.items() if is_on]
+
+
+def over_blocks(kernel, pointers: dict[str, Any], arrays: Iterable[str], *words: str, **flags) -> Build:
+    """A pass over blocks, whose arrays decide how many elements a thread has."""
+    lanes = blocks.shape(*(torch.empty(0, dtype=DTYPES[dtype]) for dtype in arrays))["LANES"]
+    return build(kernel, TABLE | pointers, *words, LANES=lanes, lanes=lanes, **flags)
+
+
+def compute_type(weight: str) -> str:
+    return "fp64" if weight == "fp64" else "fp32"
+
+
+def norm_build(grad: str, adaptive=False, masked=False) -> Build:
+    pointers = TABLE | {"grad_ptr": grad}
+    pointers |= {"weight_ptr": grad} if adaptive else {}
+    pointers |= {"mask_ptr": "i32"} if masked else {}
+    pointers |= {"partial_ptr": "fp64"}
+    return build(norm.norm_kernel, pointers, grad, *said(adaptive=adaptive, masked=masked), **SUM)
+
+
+def gap_build(dtype: str) -> Build:
+    pointers = TABLE | {"first_ptr": dtype, "second_ptr": dtype, "partial_ptr": "fp64"}
+    return build(gap.gap_kernel, pointers, dtype, **SUM)
 
 
 def perturb_build(
-    weight: str,
-    backup=True,
-    masked=False,
-    adaptive=False,
-    stochastic=True,
-    zero_grad=False,
-    random=False,
-    bound: str | None = None,
+    weight: str, grad: str | None = None, masked=False, adaptive=False, stochastic=True, random=False
 ) -> Build:
-    pointers = {"weight_ptr": weight, "grad_ptr": weight, "coef_ptr": "fp64"}
-    pointers |= {"backup_ptr": weight} if backup else {}
+    """`perturb_` of weights of a type along gradients of one (default: the same)."""
+    grad, stochastic = grad or weight, stochastic and SIZES[weight] == 2
+    pointers = {"weight_ptr": weight, "grad_ptr": grad, "backup_ptr": weight}
     pointers |= {"mask_ptr": "i32"} if masked else {}
-    one = build(
-        perturb.perturb_kernel,
-        pointers,
-        bound,
-        ADAPTIVE=adaptive,
-        MASKED=masked,
-        BACKUP=backup,
-        STOCHASTIC=stochastic and SIZES[weight] == 2,
-        ZERO_GRAD=zero_grad,
-        RANDOM=random,
-    )
-    return replace(one, lanes=128) if SIZES[weight] == 2 else one
+    pointers |= {"coef_ptr": compute_type(weight), "key_ptr": "i32"}
+    words = [weight, *([f"by_{grad}"] if grad != weight else [])]
+    words += said(masked=masked, adaptive=adaptive, stochastic=stochastic, random=random)
+    flags = {"ADAPTIVE": adaptive, "STOCHASTIC": stochastic, "RANDOM": random}
+    return over_blocks(perturb.perturb_kernel, pointers, (weight, grad), *words, **flags)
 
 
-def adamw_build(
+def descend_build(
     weight: str,
     master=False,
-    backup=True,
+    rule="adamw",
+    *,
+    missing=None,
     anchor=False,
-    amsgrad=False,
     stochastic=True,
-    zero_grad=False,
     other=False,
     keep=False,
-    perturb=False,
     ema=False,
-    bound: str | None = None,
 ) -> Build:
-    state = moments(weight, master)
-    pointers = {"weight_ptr": weight, "grad_ptr": weight, "exp_avg_ptr": state, "exp_avg_sq_ptr": state}
-    pointers |= {"coef_ptr": "fp64"}
-    pointers |= {"max_exp_avg_sq_ptr": state} if amsgrad else {}
-    pointers |= {"backup_ptr": weight} if backup and not master else {}
-    pointers |= {"master_ptr": "fp32"} if master else {}
-    pointers |= {"anchor_ptr": weight} if anchor else {}
-    pointers |= {"other_grad_ptr": weight} if other or keep else {}
-    pointers |= {"ema_ptr": "fp64" if weight == "fp64" else "fp32"} if ema else {}
-    return build(
-        adamw_l2sp.adamw_l2sp_kernel,
-        pointers,
-        bound,
-        AMSGRAD=amsgrad,
-        BACKUP="backup_ptr" in pointers,
-        MASTER=master,
-        ANCHOR=anchor,
-        STOCHASTIC=stochastic and SIZES[weight] == 2 and not master,
-        ZERO_GRAD=zero_grad,
-        OTHER=other or keep,
-        KEEP_ORTHOGONAL=keep,
-        PERTURB=perturb,
-        EMA=ema,
-    )
+    """`descend_` of weights of a type, with fp32 master weights or without.
+
+    Args:
+        missing: whether the last lane of the rule's state is not there (default: AdamW's is not, which is amsgrad's).
+        keep: whether an orthogonal component is kept, of two gradients.
+        anchor, stochastic, other, ema: whether they are there.
+    """
+    missing = rule == "adamw" if missing is None else missing
+    state = (moments(weight, master),) * (len(spec.STATE[rule]) - missing)
+    stochastic = stochastic and SIZES[weight] == 2 and not master
+    pointers = {"weight_ptr": weight, "clean_ptr": weight, "grad_ptr": weight}
+    pointers |= {"other_ptr": weight} if other or keep else {}
+    lanes = {"remainder_ptr": REMAINDERS[weight]} if master else {}
+    lanes |= {"anchor_ptr": weight} if anchor else {}
+    lanes |= {"ema_ptr": compute_type(weight)} if ema else {}
+    lanes |= {"orthogonal_ptr": weight} if keep else {}
+    pointers |= lanes | {"coef_ptr": compute_type(weight), "key_ptr": "i32", "state_ptrs": state}
+    words = [rule, weight]
+    words += said(master=master, amsgrad=rule == "adamw" and not missing, plain=rule != "adamw" and missing)
+    words += said(stochastic=stochastic, anchor=anchor, other=other, keep=keep, ema=ema)
+    flags = {"RULE": rule, "COLUMNS": len(spec.DESCEND[rule]), "STOCHASTIC": stochastic}
+    return over_blocks(descend.descend_kernel, pointers, (weight, *lanes.values(), *state), *words, **flags)
 
 
 def moments(weight: str, master: bool) -> str:
-    """Type of AdamW's moments; fp16 would lose small squares."""
+    """Type of a rule's state; fp16 would lose small squares."""
     return "fp32" if master or weight == "fp16" else weight
 
 
-def norm_build(grad: str, adaptive=False, masked=False, bound: str | None = None) -> Build:
-    pointers = {"grad_ptr": grad, "partial_ptr": "fp64"}
-    pointers |= {"weight_ptr": grad} if adaptive else {}
-    pointers |= {"mask_ptr": "i32"} if masked else {}
-    flags = {"ADAPTIVE": adaptive, "MASKED": masked, "CHUNK_BLOCKS": grad_norm.CHUNK_BLOCKS}
-    return build(grad_norm.grad_norm_kernel, pointers, bound, **flags)
+# -- other kernels -----------------------------------------------------------------------------------------------------
 
 
-def gap_build(first: str, second: str, bound: str | None = None) -> Build:
-    pointers = {"first_ptr": first, "second_ptr": second, "partial_ptr": "fp64"}
-    one = build(surrogate_gap.surrogate_gap_kernel, pointers, bound, CHUNK_BLOCKS=grad_norm.CHUNK_BLOCKS)
-    return replace(one, name=one.name.replace(first, f"{first}-{second}"))
-
-
-def topk_builds(values: str) -> list[Build]:
+def topk_builds(values: str, is_aligned: bool = True) -> list[Build]:
     """What chooses a mask by values of this type: the first and the last digit, ties, the mask."""
-    shape = {"WIDE": values == "fp64", "CHUNK_BLOCKS": topk_mask.CHUNK_BLOCKS}
-    over = partial(build, bound="bounded", **shape)
+    wide = values == "fp64"
+    words = [values, *said(ragged=not is_aligned)]
+    over = partial(build, integers=(("n", is_aligned),), WIDE=wide)
     pointers, threshold = {"values_ptr": values}, {"threshold_ptr": "i64"}
-    digits = [(56, 7)] if values == "fp64" else [(23, 8), (0, 7)]
-    histograms = []
-    for shift, bits in digits:
-        counts = pointers | {"prefix_ptr": "i64", "hist_ptr": "i64"}
-        one = over(topk_mask.digit_histogram_kernel, counts, SHIFT=shift, BITS=bits)
-        histograms.append(replace(one, name=f"{one.name}-{bits}_bits"))
+    counts = pointers | {"prefix_ptr": "i64", "hist_ptr": "i64"}
     return [
-        *histograms,
-        over(topk_mask.count_ties_kernel, pointers | threshold | {"ties_ptr": "i64"}),
-        over(topk_mask.write_mask_kernel, pointers | threshold | {"quota_ptr": "i64", "mask_ptr": "i32"}),
+        *(
+            over(topk_mask.digit_histogram_kernel, counts, *words, f"{bits}_bits", SHIFT=shift, BITS=bits)
+            for shift, bits in ([(56, 7)] if wide else [(23, 8), (0, 7)])
+        ),
+        over(topk_mask.count_ties_kernel, pointers | threshold | {"ties_ptr": "i64"}, *words),
+        over(topk_mask.write_mask_kernel, pointers | threshold | {"quota_ptr": "i64", "mask_ptr": "i32"}, *words),
     ]
 
 
 def sparse_builds(values: str, index: str = "i32") -> list[Build]:
     """Gather and scatter of trained weights; an index of int64 is for tensors of 2**31 elements and more."""
-    pointers = {"compact_ptr": values, "addresses_ptr": "i64", "jobs_ptr": "i64", "index_ptr": index}
+    pointers = {"anchor_ptr": values, "places_ptr": "i64", "jobs_ptr": "i64", "index_ptr": index, "compact_ptr": values}
     found = []
     for scatter in (False, True):
-        one = build(sparse.sparse_kernel, pointers, SCATTER=scatter, BLOCK=256)
+        one = build(sparse.sparse_kernel, pointers, SCATTER=scatter, BLOCK=sparse.BLOCK)
         found.append(replace(one, name=f"{'scatter' if scatter else 'gather'}-{values}-{index}"))
     return found
 
 
 def fisher_build(dtype: str, n_out: int, n_in: int, absolute=False) -> Build:
     """`linear_fisher_` for a weight of [n_out, n_in] and activations of this type."""
-    tile = fisher.tiling({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype], n_out, n_in)
+    tile = fisher.tiling(DTYPES[dtype], n_out, n_in)
     # Products in fp32 of matrices: see the launcher.
     options = [("enable_fp_fusion", True), *((name, tile.pop(name)) for name in ("num_warps", "num_stages"))]
     name = f"linear_fisher-{dtype}-{n_out}x{n_in}" + ("-absolute" if absolute else "")
@@ -207,68 +224,65 @@ def fisher_build(dtype: str, n_out: int, n_in: int, absolute=False) -> Build:
     return Build(name, kernel, tuple(pointers.items()), tuple(flags.items()), tuple(integers.items()), tuple(options))
 
 
+# -- what is launched --------------------------------------------------------------------------------------------------
+
+
 def steps(weight: str, master: bool) -> dict[str, list[Build]]:
-    """What one step of each method launches for a bucket, in order.
+    """What one step of each method launches for the parameters of a device and type, in order.
 
     Args:
         weight: type of the weights and gradients.
         master: whether there are fp32 master weights.
     """
-    norm, gap = norm_build(weight), gap_build(weight, weight)
-    ascent = partial(perturb_build, weight, backup=not master)
-    update = partial(adamw_build, weight, master)
-    plain = partial(update, backup=False)
-
-    def sam(**flags) -> list[Build]:
-        """SAM where all three passes have a flag or a bound."""
-        return [norm_build(weight, bound=flags.get("bound")), ascent(**flags), update(**flags)]
-
+    norm, gap, state = norm_build(weight), gap_build(weight), moments(weight, master)
+    ascent, update = partial(perturb_build, weight), partial(descend_build, weight, master)
     return {
-        "AdamW": [plain()],
-        "AdamW, clipped": [norm, plain()],
-        "AdamW, amsgrad": [plain(amsgrad=True)],
-        "AdamW, L2-SP": [plain(anchor=True)],
-        "SAM": sam(),
+        "AdamW": [update()],
+        "AdamW, clipped": [norm, update()],
+        "AdamW, amsgrad": [update(missing=False)],
+        "AdamW, L2-SP": [update(anchor=True)],
+        "SGD": [update(rule="sgd", missing=True)],
+        "SGD, momentum": [update(rule="sgd")],
+        "Lion": [update(rule="lion")],
+        "SAM": [norm, ascent(), update()],
         "SAM, L2-SP": [norm, ascent(), update(anchor=True)],
         "SAM, ema": [norm, ascent(), update(ema=True)],
-        "SAM, static_grads": sam(zero_grad=True),
-        "SAM, to nearest": sam(stochastic=False),
-        "SAM, in place": sam(bound="bounded"),
-        "SAM, in place, sparse or sharded": sam(bound="ragged"),
+        "SAM, to nearest": [norm, ascent(stochastic=False), update(stochastic=False)],
+        "SAM, SGD": [norm, ascent(), update(rule="sgd")],
+        "SAM, Lion": [norm, ascent(), update(rule="lion")],
         "ASAM": [norm_build(weight, adaptive=True), ascent(adaptive=True), update()],
         "FSAM": [norm, ascent(masked=True), update()],
         "FSAM, masked norm": [norm_build(weight, masked=True), ascent(masked=True), update()],
         "ESAM": [norm, ascent(random=True), update()],
         "GSAM": [norm, ascent(), gap, update(other=True)],
         "LookSAM": [norm, ascent(), gap, update(keep=True)],
-        "LookSAM, reused": [gap, plain(other=True)],
-        "momentum-SAM": [gap_build(moments(weight, master), weight), update(perturb=True)],
-        "momentum-SAM, ema": [gap_build(moments(weight, master), weight), update(perturb=True, ema=True)],
+        "LookSAM, reused": [gap, update(other=True)],
+        "momentum-SAM": [norm_build(state), ascent(grad=state), update()],
+        "momentum-SAM, ema": [norm_build(state), ascent(grad=state), update(ema=True)],
     }
 
 
 # Several options at once: the most registers.
 COMBINED = [
-    perturb_build("bf16", adaptive=True, masked=True, bound="ragged"),
-    perturb_build("fp32", adaptive=True, zero_grad=True),
-    perturb_build("fp32", masked=True, bound="ragged"),
-    perturb_build("bf16", adaptive=True, masked=True, random=True, bound="ragged"),
-    adamw_build("fp32", backup=False, zero_grad=True),
-    adamw_build("fp32", anchor=True, bound="ragged"),
-    adamw_build("bf16", backup=False, anchor=True, amsgrad=True),
-    adamw_build("bf16", master=True, anchor=True, amsgrad=True, zero_grad=True),
-    adamw_build("bf16", backup=False, anchor=True, amsgrad=True, zero_grad=True, other=True),
-    adamw_build("bf16", anchor=True, perturb=True, bound="ragged"),
-    adamw_build("bf16", backup=False, anchor=True, amsgrad=True, other=True, ema=True, bound="ragged"),
-    adamw_build("fp64", other=True, perturb=True),
-    adamw_build("fp16", anchor=True, amsgrad=True),
-    adamw_build("fp16", other=True, perturb=True),
-    norm_build("bf16", masked=True, bound="ragged"),
+    perturb_build("bf16", adaptive=True, masked=True),
+    perturb_build("fp32", adaptive=True, masked=True),
+    perturb_build("bf16", adaptive=True, masked=True, random=True),
+    perturb_build("bf16", grad="fp32", adaptive=True, masked=True, random=True),
+    descend_build("fp32", missing=False, anchor=True, keep=True, ema=True),
+    descend_build("bf16", missing=False, anchor=True),
+    descend_build("bf16", master=True, missing=False, anchor=True),
+    descend_build("bf16", missing=False, anchor=True, other=True),
+    descend_build("bf16", missing=False, anchor=True, other=True, ema=True),
+    descend_build("bf16", master=True, missing=False, anchor=True, other=True, ema=True),
+    descend_build("bf16", rule="sgd", anchor=True, other=True, ema=True),
+    descend_build("bf16", rule="lion", anchor=True, other=True, ema=True),
+    descend_build("fp64", other=True),
+    descend_build("fp16", missing=False, anchor=True),
+    descend_build("fp16", other=True),
+    norm_build("bf16", adaptive=True, masked=True),
     norm_build("fp64", adaptive=True, masked=True),
-    gap_build("fp32", "bf16", bound="ragged"),
-    gap_build("fp16", "fp64", bound="ragged"),
 ]
-TOPK = [one for dtype in ("fp32", "bf16", "fp64") for one in topk_builds(dtype)]
+TOPK = [one for dtype in ("fp32", "bf16", "fp64") for one in topk_builds(dtype)] + topk_builds("fp32", False)
 SPARSE = [*sparse_builds("fp32"), *sparse_builds("bf16"), *sparse_builds("fp64", "i64")]
 # Small tiles, large ones, rows that are no whole vectors.
 FISHER = [
@@ -296,5 +310,11 @@ def unique(builds: Iterable[Build]) -> list[Build]:
     return list(dict.fromkeys(builds))
 
 
-def is_element_wise(one: Build) -> bool:
-    return one.kernel in (perturb.perturb_kernel, adamw_l2sp.adamw_l2sp_kernel, sparse.sparse_kernel)
+def is_over_blocks(one: Build) -> bool:
+    """Whether it is a pass in which each element is one lane's."""
+    return one.kernel in (perturb.perturb_kernel, descend.descend_kernel)
+
+
+def is_over_segments(one: Build) -> bool:
+    """Whether it is a pass that every step makes."""
+    return is_over_blocks(one) or one.kernel in (norm.norm_kernel, gap.gap_kernel)

@@ -1,8 +1,9 @@
-"""What compilers make of a kernel for a GPU that need not be there: accesses, registers, spills, occupancy."""
+"""What compilers make of a kernel for a GPU that need not be there: accesses, instructions, registers, occupancy."""
 
 from __future__ import annotations
 
 import functools
+import math
 import re
 import subprocess
 from collections import Counter
@@ -12,7 +13,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 
-from .kernel_builds import Build
+from .kernel_builds import Build, is_over_blocks
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -75,10 +76,27 @@ class Resources:
 
 @dataclass(frozen=True)
 class Accesses:
-    """Load and store instructions by their bytes; one in a loop counts once."""
+    """Load and store instructions of a lane by their bytes; one in a loop counts once."""
 
     loads: Counter
     stores: Counter
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An instruction of the machine code.
+
+    Attributes:
+        name: with its modifiers.
+        operands: the rest of it.
+        is_conditional: whether it has a predicate, or is a conditional branch.
+        target: for a branch, the number of the instruction that it goes to.
+    """
+
+    name: str
+    operands: str
+    is_conditional: bool = False
+    target: int | None = None
 
 
 @functools.cache
@@ -116,26 +134,62 @@ def resources(one: Build, target: str) -> Resources:
     return Resources(registers, sum(spills), compiled(one, target).metadata.shared)
 
 
-def accesses(one: Build, target: str) -> Accesses:
-    """Accesses of the lanes to arrays in global memory, without coefficients and words of a mask, which are shared."""
-    text, pointers = assembly(one, target), dict(one.pointers)
-    if target in AMD:
-        # What a kernel reads besides arrays does not go through buffer instructions.
-        kind = "buffer" if "coef_ptr" in pointers else "(?:global|buffer)"
-        return Accesses(*(_amd_widths(kind, side, text) for side in ("load", "store")))
-    # LDGSTS goes on into shared memory.
-    loads = _nvidia_widths("LDG(?:STS)?", text) - Counter({8: coefficients(one, target)})
-    words = Counter({4: 1}) if "mask_ptr" in pointers and is_straight(one, target) else Counter()
-    return Accesses(loads - words, _nvidia_widths("STG", text))
+# -- the way of a whole block through the machine code -----------------------------------------------------------------
+
+_SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_GCN = re.compile(r"^\s+([a-z]\w+)[ \t]*([^;\n]*)")
 
 
-def _nvidia_widths(instruction: str, sass: str) -> Counter:
-    """LDG.E is 4 bytes wide, LDG.E.U16 2, LDG.E.64 8, LDG.E.128 16."""
-    found = Counter()
-    for modifiers in re.findall(rf"\b{instruction}\.E((?:\.\w+)*)", sass):
-        width = re.search(r"\.[US]?(8|16|64|128|256)\b", modifiers)
-        found[int(width[1]) // 8 if width else 4] += 1
-    return found
+def instructions(one: Build, target: str) -> list[Instruction]:
+    """All instructions, in the order of memory."""
+    found, labels = [], {}
+    for line in assembly(one, target).splitlines():
+        if label := re.match(r"^\s*(\.L\w+):", line):
+            labels[label[1]] = len(found)
+        elif target in NVIDIA and (match := _SASS.search(line)):
+            found.append((match[2], match[3], bool(match[1]) or re.match(r"!?U?P\d", match[3]) is not None))
+        elif target in AMD and (match := _GCN.match(line)):
+            found.append((match[1], match[2], match[1].startswith("s_cbranch")))
+    return [Instruction(*i, target=labels.get(_label(i[1])) if _is_branch(i[0]) else None) for i in found]
+
+
+def _is_branch(name: str) -> bool:
+    return name.split(".")[0] == "BRA" or name.startswith(("s_cbranch", "s_branch"))
+
+
+def _label(operands: str) -> str:
+    match = re.search(r"\.L\w+", operands)
+    return match[0] if match else ""
+
+
+@functools.cache
+def main_path(one: Build, target: str) -> tuple[list[Instruction], list[tuple[int, int]]]:
+    """What a program executes whose block is whole and aligned: of all ways, the one with most and widest accesses.
+
+    Returns:
+        Its instructions; and loops among them, whose instructions are there once, by the first and the last number.
+    """
+    code = instructions(one, target)
+    # From each instruction on to an end: bytes, less instructions, and the next one. Branches back are loops.
+    best: list[tuple[int, int, int | None] | None] = [None] * (len(code) + 1)
+    for n, i in reversed(list(enumerate(code))):
+        if i.name.split(".")[0] in ("EXIT", "s_endpgm") and not i.is_conditional:
+            best[n] = (0, -1, None)
+            continue
+        after = [] if i.target is not None and not i.is_conditional else [n + 1]
+        after += [i.target] if i.target is not None and i.target > n else []
+        ways = [(*best[m][:2], m) for m in after if best[m] is not None]
+        if ways:
+            moved, less, m = max(ways)
+            best[n] = (moved + _access(i, target)[1] ** 4, less - 1, m)
+    path, n = [], 0
+    while n is not None:
+        path.append(n)
+        n = best[n][2]
+    place = {n: k for k, n in enumerate(path)}
+    back = ((i.target, n) for n, i in enumerate(code) if i.target is not None and i.target <= n)
+    loops = [(place[first], place[last]) for first, last in back if first in place and last in place]
+    return [code[n] for n in path], loops
 
 
 _AMD_BYTES = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "b32": 4, "b64": 8, "b96": 12, "b128": 16}
@@ -144,48 +198,154 @@ _AMD_BYTES |= dict.fromkeys(("ushort", "sshort", "short", "short_d16", "short_d1
 _AMD_BYTES |= dict.fromkeys(("u16", "i16", "b16", "d16_b16", "d16_hi_b16"), 2)
 
 
-def _amd_widths(kind: str, side: str, text: str) -> Counter:
-    return Counter(_AMD_BYTES[width] for width in re.findall(rf"\b{kind}_{side}_(\w+)", text))
+def _access(i: Instruction, target: str) -> tuple[str, int]:
+    """ "load" or "store" and the bytes of a lane, if the instruction is an access to global memory; else zero bytes.
+
+    LDG.E is 4 bytes wide, LDG.E.U16 2, LDG.E.64 8, LDG.E.128 16; LDGSTS goes on into shared memory.
+    """
+    if target in NVIDIA:
+        kind = {"LDG": "load", "LDGSTS": "load", "STG": "store"}.get(i.name.split(".")[0])
+        width = re.search(r"\.[US]?(8|16|64|128|256)\b", i.name)
+        return (kind or "", (int(width[1]) // 8 if width else 4) if kind else 0)
+    match = re.match(r"(?:buffer|global)_(load|store)_(\w+)", i.name)
+    return (match[1], _AMD_BYTES[match[2]]) if match else ("", 0)
+
+
+# -- accesses ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Access:
+    """An access in Triton's first IR, where a block is whole.
+
+    Attributes:
+        kind: "load" or "store".
+        elements: of the block; None where it is a number that all lanes read.
+        bytes: of an element.
+        is_word: whether 32 elements share the same word of a mask.
+        times: how often, in a loop.
+    """
+
+    kind: str
+    elements: int | None
+    bytes: int
+    is_word: bool
+    times: int
+
+
+_LOOP = re.compile(r"scf\.for .* = %c(\d+)_i\d+ to %c(\d+)_i\d+ step %c(\d+)_i\d+")
+_IN_IR = re.compile(r"tt\.(load|store) .*: (?:tensor<(\d+(?:x\d+)*)x)?!tt\.ptr<([a-z]+)(\d+)>")
+
+
+@functools.cache
+def ir_accesses(one: Build, target: str) -> list[Access]:
+    """Accesses of a program whose block is whole: those of others (after `else`, in `while`) are left out."""
+    flags, has_mask = dict(one.flags), "mask_ptr" in dict(one.pointers)
+    found = []
+    # Open regions: how far their first line is indented, whether a whole block comes there, how often.
+    regions: list[tuple[int, bool, int]] = []
+    for line in compiled(one, target).asm["ttir"].splitlines():
+        indent = len(line) - len(line.lstrip())
+        regions = [region for region in regions if region[0] < indent]
+        if "} else {" in line or "} do {" in line or "scf.while" in line:
+            regions.append((indent, False, 1))
+        elif loop := _LOOP.search(line):
+            first, last, step = map(int, loop.groups())
+            regions.append((indent, True, (last - first) // step))
+        elif (match := _IN_IR.search(line)) and all(region[1] for region in regions):
+            kind, shape, letter, bits = match.groups()
+            elements = None if shape is None else math.prod(map(int, shape.split("x")))
+            is_word = has_mask and letter == "i" and elements == flags.get("BLOCK") and kind == "load"
+            times = math.prod(region[2] for region in regions)
+            found.append(Access(kind, elements, int(bits) // 8, is_word, times))
+    return found
+
+
+def accesses(one: Build, target: str) -> Accesses:
+    """Accesses of a lane to arrays on the main path, without what all lanes share: tables, coefficients, mask words."""
+    path, _ = main_path(one, target)
+    found = [_access(i, target) for i in path if target in NVIDIA or i.name.startswith("buffer") or not _has_table(one)]
+    loads, stores = (Counter(width for kind, width in found if kind == side) for side in ("load", "store"))
+    if target in NVIDIA:
+        loads -= Counter(a.bytes for a in ir_accesses(one, target) if a.kind == "load" and a.elements is None)
+    if is_over_blocks(one) and "mask_ptr" in dict(one.pointers):
+        # All other accesses are wider, or would show among the stores.
+        del loads[4]
+    return Accesses(loads, stores)
+
+
+def _has_table(one: Build) -> bool:
+    """Whether the kernel reads numbers that all lanes share, which on AMD do not go through buffer instructions."""
+    return "table_ptr" in dict(one.pointers)
+
+
+def elements(one: Build) -> int:
+    """Of a program."""
+    flags = dict(one.flags)
+    return flags.get("CHUNK", flags["BLOCK"])
 
 
 def counted_bytes(one: Build, target: str) -> float:
-    """Bytes that a kernel over flat buffers reads and writes for each element, by the accesses in Triton's first IR."""
-    flags, has_mask = dict(one.flags), "mask_ptr" in dict(one.pointers)
-    size = 0.0
-    for n, kind, bits in re.findall(
-        r"tt\.(?:load|store) .*: tensor<(\d+)x!tt\.ptr<([a-z]+)(\d+)>", compiled(one, target).asm["ttir"]
-    ):
-        # 32 elements read the same word of a mask; the kernel that writes masks has a lane for each word.
-        shared_by = 32 if has_mask and kind == "i" and int(n) == flags["BLOCK"] else 1
-        size += int(n) / flags["BLOCK"] * int(bits) / 8 / shared_by
-    return size
-
-
-def is_straight(one: Build, target: str) -> bool:
-    """Whether the kernel has neither a bound and without a loop, so that instructions can be counted."""
-    return dict(one.flags).get("EVEN", False) and "scf.for" not in compiled(one, target).asm["ttir"]
+    """Bytes that a kernel reads and writes for each element, by the accesses in Triton's first IR."""
+    arrays = [a for a in ir_accesses(one, target) if a.elements is not None]
+    repeated = {(a.kind, a.elements, a.bytes) for a in arrays if a.times > 1}
+    # What is loaded ahead of a loop's first round is not loaded in its last.
+    arrays = [a for a in arrays if a.times > 1 or (a.kind, a.elements, a.bytes) not in repeated]
+    return sum(a.elements * a.bytes * a.times / (32 if a.is_word else 1) for a in arrays) / elements(one)
 
 
 def bytes_per_parameter(one: Build, target: str) -> float:
-    """What a kernel over flat buffers moves for each element.
+    """What a kernel moves for each element.
 
-    From the instructions where each element is one lane's. Elsewhere (a loop's instructions run several times, bounded
-    accesses are in pieces) from the accesses in Triton's IR, of which they are made.
+    From the instructions where each element is one lane's. Elsewhere, where instructions run several times, from the
+    accesses in Triton's IR, of which they are made.
     """
-    if not is_straight(one, target):
+    if not is_over_blocks(one):
         return counted_bytes(one, target)
     found = accesses(one, target)
-    per_lane = dict(one.flags)["BLOCK"] // one.lanes
-    return total(found.loads + found.stores) / per_lane + (1 / 8 if "mask_ptr" in dict(one.pointers) else 0)
+    return total(found.loads + found.stores) * one.lanes / elements(one) + (
+        1 / 8 if "mask_ptr" in dict(one.pointers) else 0
+    )
 
 
 def total(widths: Counter) -> int:
     return sum(width * count for width, count in widths.items())
 
 
-def coefficients(one: Build, target: str) -> int:
-    """How many fp64 numbers every lane reads, which come from the cache."""
-    return len(re.findall(r"tt\.load .*: !tt\.ptr<f64>", compiled(one, target).asm["ttir"]))
+# -- instructions ------------------------------------------------------------------------------------------------------
+
+
+def instructions_per_parameter(one: Build, target: str) -> float:
+    """Instructions that lanes of an NVIDIA GPU execute for each element of a whole block."""
+    path, loops = main_path(one, target)
+    count = len(path)
+    if loops:
+        ((first, last),) = loops
+        rounds = _rounds(one, target, path, first, last)
+        count += (rounds - 1) * (last - first + 1)
+    return count * one.lanes / elements(one)
+
+
+def _rounds(one: Build, target: str, path: list[Instruction], first: int, last: int) -> int:
+    """How often a loop runs that the compiler may have unrolled, or have taken rounds out of."""
+    loads = [a for a in ir_accesses(one, target) if a.kind == "load"]
+    (times,) = {a.times for a in loads if a.times > 1}
+
+    def of_ir(is_repeated: bool) -> float:
+        """Bytes of a lane, in a round or outside."""
+        chosen = [a for a in loads if (a.times > 1) == is_repeated]
+        return sum(a.bytes * (a.elements / one.lanes if a.elements and not a.is_word else 1) for a in chosen)
+
+    inside, everything = (
+        sum(width for kind, width in (_access(i, target) for i in part) if kind == "load")
+        for part in (path[first : last + 1], path)
+    )
+    # A number that all lanes share may be read in part.
+    taken_out = round((everything - inside - of_ir(False)) / of_ir(True))
+    return round((times - taken_out) * of_ir(True) / inside)
+
+
+# -- occupancy ---------------------------------------------------------------------------------------------------------
 
 
 def resident_warps(used: Resources, block_warps: int, target: str) -> int:
@@ -210,8 +370,32 @@ def occupancy(one: Build, target: str) -> float:
 
 
 def in_flight(one: Build, target: str) -> int:
-    """Bytes of arrays that one processor has asked for when each of its lanes has issued its loads."""
-    return total(accesses(one, target).loads) * _resident_lanes(one, target)
+    """Bytes of arrays that one processor has asked for when each of its lanes waits for as many as it ever does."""
+    path, _ = main_path(one, target)
+    counted = set(accesses(one, target).loads)
+    most = _most_waited_for(path, target, counted)
+    return most * _resident_lanes(one, target)
+
+
+def _most_waited_for(path: list[Instruction], target: str, counted: set[int]) -> int:
+    """Bytes of loads, of counted widths, under way at a time: until one of their registers is read, or s_waitcnt."""
+    # The registers of each load, and its bytes.
+    under_way: list[tuple[range, int]] = []
+    most = 0
+    for i in path:
+        kind, width = _access(i, target)
+        if target in AMD:
+            if i.name == "s_waitcnt" and (left := re.search(r"vmcnt\((\d+)\)", i.operands)):
+                under_way = under_way[len(under_way) - int(left[1]) :] if int(left[1]) < len(under_way) else under_way
+        else:
+            registers = [int(number) for number in re.findall(r"\bR(\d+)\b", i.operands)]
+            read = registers if kind == "store" else registers[1:]
+            under_way = [load for load in under_way if not any(number in load[0] for number in read)]
+        if kind == "load":
+            first = int(re.search(r"\bR(\d+)\b", i.operands)[1]) if target in NVIDIA else 0
+            under_way.append((range(first, first + max(1, width // 4)), width if width in counted else 0))
+            most = max(most, sum(bytes_ for _, bytes_ in under_way))
+    return most
 
 
 def _resident_lanes(one: Build, target: str) -> int:

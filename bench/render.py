@@ -1,4 +1,4 @@
-"""Write the tables and plots of docs/performance.md, and the README's table, from the JSON of the benchmark suites.
+"""Write the tables and plots of docs/performance.md from the JSON of the benchmark suites.
 
     python -m bench.render
 
@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "performance.md",)
 RESULTS = ROOT / "bench" / "results"
 IMAGES = ROOT / "docs" / "images"
 
@@ -131,25 +131,6 @@ def steps(run: Run) -> str:
     return "\n\n".join([*out, f"![Time of a SAM step](images/{run.image('steps')})"])
 
 
-def speed(run: Run, model: str = "BERT-base") -> str:
-    """How often the time of our step the others' is."""
-    own = [row for row in run.suite("steps") if row["model"] == model and row["subject"] == "SAM"]
-    columns = {
-        "fp32": ("fp32", "FSAM"),
-        "bf16, rounding to nearest": ("bf16", "FSAM, rounding to nearest"),
-        "bf16, stochastic rounding": ("bf16", "FSAM"),
-        "bf16, fp32 masters": ("bf16+master", "FSAM"),
-    }
-    lines = []
-    for name in unique(row["implementation"] for row in own if not row["implementation"].startswith("FSAM")):
-        cells = []
-        for precision, ours in columns.values():
-            pair = [pick(own, precision=precision, implementation=one) for one in (name, ours)]
-            cells.append("-" if None in pair else f"{times(*pair):.1f}x")
-        lines.append([name, *cells])
-    return table(["", *columns], lines)
-
-
 def memory(run: Run, model: str = "BERT-base") -> str:
     """Bytes a weight, at the peak of a step and between steps."""
     own = [row for row in run.suite("steps") if row["model"] == model]
@@ -243,7 +224,6 @@ BLOCKS: dict[str, tuple[str, Callable[[Run], str]]] = {
     "bandwidth": ("steps", bandwidth),
     "steps": ("steps", steps),
     "memory": ("steps", memory),
-    "speed": ("steps", speed),
     "passes": ("passes", passes),
     "updates": ("updates", updates),
     "scaling": ("sizes", scaling),

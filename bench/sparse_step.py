@@ -38,13 +38,8 @@ def fish_mask(model: nn.Module, keep_ratio: float) -> FishMask:
 
 
 def held(optimizer: AdamWL2SP) -> int:
-    """Bytes of a sparse optimizer: copies of weights and gradients, moments, positions, clean weights."""
-    buffers = [
-        buffer
-        for bucket in optimizer._buckets
-        for buffer in (bucket.weight, bucket.grad, bucket.backup, bucket.steps, *bucket.lanes.values())
-    ]
-    return sum(buffer.nbytes for buffer in buffers if buffer is not None)
+    """Bytes that a sparse optimizer keeps: moments, positions, clean weights, counts of steps."""
+    return sum(buffer.nbytes for lanes in optimizer.ledger for buffer in (lanes.steps, *lanes.lanes.values()))
 
 
 def dense_state(optimizer: torch.optim.Optimizer) -> int:

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 
 from fsam_triton import AdamWL2SP, ops
-from fsam_triton.kernels import reference
+from fsam_triton.kernels import reference, spec
+from fsam_triton.kernels.segments import Plan, Segments
 
 from . import traffic
 from .baselines import BETAS, EPS, LR, WEIGHT_DECAY
@@ -23,35 +23,29 @@ from .traffic import BF16, FP32, PRECISIONS, Precision, Traffic
 from .workloads import is_installed
 
 ELEMENTS = 1 << 25
-ASCENT = [1e-5, 12345.0]
-RANDOM_ASCENT = [*ASCENT, 0.0]
-DESCENT = [1.0, 0.0, 0.1, 0.999, 0.001, 1e-5, 1.2, 1e-8, 54321.0]
-# With what to multiply a second gradient with, the scale of the next perturbation and its key.
-LONG_DESCENT = [*DESCENT, -0.3, -1e-3, 67890.0]
-
-Tensors = dict[str, Tensor | None]
+ASCENT = {"scale": 1e-5, "chance": 0.0}
+DESCENT = {
+    **{"factor": 1.0, "other": -0.3, "rate": 0.0, "decay": 0.0},
+    **{"new1": 0.1, "beta2": 0.999, "new2": 0.001, "step_size": 1e-5, "inv_sqrt_bias2": 1.2, "eps": 1e-8},
+}
 
 
-def norm(passes, t: Tensors, masked: bool = False) -> None:
-    passes.grad_norm_sq(t["grad"], None, t["mask"] if masked else None)
+def norm(passes, t: SimpleNamespace, masked: bool = False) -> None:
+    passes.norm_sq(t.segments, False, t.mask if masked else None)
 
 
-def gap(passes, t: Tensors) -> None:
-    passes.surrogate_gap(t["other_grad"], t["grad"])
+def gap(passes, t: SimpleNamespace) -> None:
+    passes.gap(t.combining)
 
 
-def perturb(passes, t: Tensors, masked: bool = False, random: bool = False) -> None:
-    mask = t["mask"] if masked else None
-    coef = t["random_ascent"] if random else t["ascent"]
-    passes.perturb_(t["weight"], t["grad"], t["backup"], mask, coef, False, t["rounds"], False, random)
+def perturb(passes, t: SimpleNamespace, masked: bool = False, random: bool = False) -> None:
+    mask = t.mask if masked else None
+    passes.perturb_(t.segments, t.backup, mask, t.ascent, t.key, False, t.rounds, random)
 
 
-def adamw(passes, t: Tensors, coef: str = "descent", anchored: bool = False, other: bool = False, again: bool = False):
-    passes.adamw_l2sp_(
-        *(t[name] for name in ("weight", "grad", "m", "v")),
-        *(None, t["backup"], t["master"], t["anchor"] if anchored else None),
-        *(t[coef], t["rounds"], False, t["other_grad"] if other else None, False, again),
-    )
+def adamw(passes, t: SimpleNamespace, anchored: bool = False, combining: bool = False) -> None:
+    segments, anchor = t.combining if combining else t.perturbed, t.anchor if anchored else None
+    passes.descend_(segments, t.state, t.remainder, anchor, None, None, t.descent, t.key, "adamw", t.rounds)
 
 
 @dataclass(frozen=True)
@@ -67,18 +61,15 @@ PASSES = {
     "norm": Pass(norm, traffic.norm),
     "norm on a mask": Pass(lambda *a: norm(*a, masked=True), lambda p: traffic.norm(p) + traffic.mask_words()),
     "three dot products": Pass(gap, lambda p: traffic.dots(p.bytes, p.bytes)),
-    "perturb": Pass(perturb, traffic.perturb, PRECISIONS),
+    "perturb": Pass(perturb, traffic.perturb),
     "perturb on a mask": Pass(lambda *a: perturb(*a, masked=True), lambda p: traffic.perturb(p) + traffic.mask_words()),
     "perturb a random half": Pass(lambda *a: perturb(*a, random=True), traffic.perturb),
     "restore and AdamW": Pass(adamw, traffic.descend, PRECISIONS),
     "with L2-SP": Pass(lambda *a: adamw(*a, anchored=True), lambda p: traffic.descend(p) + Traffic(read=p.bytes)),
     "with GSAM's second gradient": Pass(
-        lambda *a: adamw(*a, "long_descent", other=True),
+        lambda *a: adamw(*a, combining=True),
         lambda p: traffic.descend(p) + traffic.second_gradient(p),
         PRECISIONS,
-    ),
-    "with momentum-SAM's perturbation": Pass(
-        lambda *a: adamw(*a, "long_descent", again=True), traffic.descend_and_perturb, PRECISIONS
     ),
 }
 
@@ -99,21 +90,37 @@ def precision(request):
 @pytest.fixture(scope="module")
 def tensors(device, precision, tiny):
     n = 1 << 12 if tiny else ELEMENTS
-    names = ("weight", "grad", "other_grad", "anchor")
-    flat = {name: torch.randn(n, device=device).mul_(0.01).to(precision.dtype) for name in names}
+    plan = Plan([n], torch.device(device))
+    weight, grad, other, anchor = (torch.randn(n, device=device).mul_(0.01).to(precision.dtype) for _ in range(4))
+    backup = weight.clone()
     moments = torch.float32 if precision.master else precision.dtype
-    flat["m"], flat["v"] = flat["grad"].to(moments, copy=True), flat["grad"].to(moments).square()
-    flat["backup"] = None if precision.master else flat["weight"].clone()
-    flat["master"] = flat["weight"].float() if precision.master else None
-    flat["mask"] = torch.randint(-(1 << 31), 1 << 31, (n // 32,), device=device).to(torch.int32)
-    lists = {"ascent": ASCENT, "random_ascent": RANDOM_ASCENT, "descent": DESCENT, "long_descent": LONG_DESCENT}
-    coefs = {name: torch.tensor(numbers, dtype=torch.float64, device=device) for name, numbers in lists.items()}
-    return {**flat, **coefs, "rounds": precision.bytes == 2 and not precision.master}
+    state = [grad.to(moments, copy=True), grad.to(moments).square()]
+    coefs = {
+        name: torch.tensor([[numbers[column] for column in columns]], device=device)
+        for name, numbers, columns in (
+            ("ascent", ASCENT, spec.PERTURB),
+            ("descent", DESCENT, spec.DESCEND["adamw"]),
+        )
+    }
+    return SimpleNamespace(
+        segments=Segments(plan, [weight], [grad]),
+        perturbed=Segments(plan, [weight], [grad], clean=[backup]),
+        combining=Segments(plan, [weight], [grad], clean=[backup], other=[other]),
+        backup=backup,
+        anchor=anchor,
+        state=state,
+        remainder=torch.zeros(n, dtype=torch.int16, device=device) if precision.master else None,
+        mask=torch.randint(-(1 << 31), 1 << 31, (n // 32,), device=device).to(torch.int32),
+        key=torch.tensor([12345], dtype=torch.int32, device=device),
+        rounds=precision.bytes == 2 and not precision.master,
+        n=n,
+        **coefs,
+    )
 
 
 def compiled():
     """What a user would do: each function of the reference under torch.compile."""
-    names = ("grad_norm_sq", "surrogate_gap", "perturb_", "adamw_l2sp_")
+    names = ("norm_sq", "gap", "perturb_", "descend_")
     return SimpleNamespace(**{name: torch.compile(getattr(reference, name)) for name in names})
 
 
@@ -124,7 +131,7 @@ IMPLEMENTATIONS = {"fsam_triton": lambda: ops, "eager": lambda: reference, "torc
 @pytest.mark.parametrize(("precision", "name"), CASES, indirect=["precision"])
 def test_pass(record, tensors, precision, name, implementation):
     one = PASSES[name]
-    n = tensors["weight"].numel()
+    n = tensors.n
 
     def build():
         passes = IMPLEMENTATIONS[implementation]()

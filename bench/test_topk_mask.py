@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fsam_triton import FSAM
-from fsam_triton.selection import select_top_k
+from fsam_triton.masks.selection import select_top_k
 
 from .harness import Case
 from .traffic import BF16, FP32
@@ -17,10 +17,14 @@ KEEP_RATIO = 0.1
 
 
 def radix_select(params, k):
-    """Ours, over the flat gradient, into one bit a weight."""
-    (bucket,) = FSAM(params, lr=1e-5)._buckets
-    bucket.collect()
-    return lambda: select_top_k([bucket], [bucket.grad], k)
+    """Ours, over gradients in the layout of the lanes, into one bit a weight."""
+    optimizer = FSAM(params, lr=1e-5)
+    optimizer.ledger.refresh(optimizer.param_groups, optimizer.state)
+    (lanes,) = optimizer.ledger
+    scores = torch.zeros(lanes.plan.size, dtype=lanes.dtype, device=lanes.device)
+    for i, p in enumerate(params):
+        lanes.plan.part(scores, i).copy_(p.grad.view(-1))
+    return lambda: select_top_k([(lanes, range(len(lanes)))], [scores], k)
 
 
 def topk(params, k):

@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Precision:
-    """What weights and gradients are kept in; moments are fp32 beside fp32 masters, else of the weights' type."""
+    """What weights and gradients are kept in; moments are fp32 beside master weights, else of the weights' type."""
 
     name: str
     dtype: torch.dtype
@@ -57,30 +57,24 @@ def dots(first: int, second: int) -> Traffic:
     return Traffic(read=first + second)
 
 
-def perturb(precision: Precision) -> Traffic:
-    """Gradient read, weights moved, clean weights kept, unless a master has them."""
-    backup = 0 if precision.master else precision.bytes
-    return Traffic(read=precision.bytes, updated=precision.bytes, written=backup)
+def perturb(precision: Precision, direction: int | None = None) -> Traffic:
+    """Gradient, or whatever has so many bytes, read; weights moved; clean weights kept."""
+    b = precision.bytes
+    return Traffic(read=b if direction is None else direction, updated=b, written=b)
 
 
 def descend(precision: Precision) -> Traffic:
-    """Gradient read, both moments updated, and the weights made from the backup or the master."""
+    """Gradient and clean weights read, weights written, both moments updated, and the remainder of master weights."""
     b = precision.bytes
-    if precision.master:
-        return Traffic(read=b, updated=2 * 4 + 4, written=b)
-    return Traffic(read=2 * b, updated=2 * b, written=b)
-
-
-def descend_and_perturb(precision: Precision) -> Traffic:
-    """`descend`, whose clean weights go to the backup or the master, and the perturbed ones to the weights."""
-    b = precision.bytes
-    return descend(precision) if precision.master else Traffic(read=b, updated=3 * b, written=b)
+    remainder = 2 if precision.master else 0
+    return Traffic(read=2 * b, updated=2 * precision.moment_bytes + remainder, written=b)
 
 
 def adamw(precision: Precision) -> Traffic:
     """`descend` from weights that are not perturbed."""
     b = precision.bytes
-    return descend(precision) if precision.master else Traffic(read=b, updated=3 * b)
+    remainder = 2 if precision.master else 0
+    return Traffic(read=b, updated=b + 2 * precision.moment_bytes + remainder)
 
 
 def mask_words() -> Traffic:
@@ -109,8 +103,9 @@ def gsam_step(precision: Precision) -> Traffic:
 
 
 def momentum_step(precision: Precision) -> Traffic:
-    """The dot products of moment and gradient, then one pass."""
-    return dots(precision.moment_bytes, precision.bytes) + descend_and_perturb(precision)
+    """The norm of the moment, the perturbation along it, and the descent."""
+    moment = precision.moment_bytes
+    return Traffic(read=moment) + perturb(precision, moment) + descend(precision)
 
 
 STEPS = {

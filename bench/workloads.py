@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -110,17 +109,18 @@ def _fsam(params: Sequence[Parameter], precision: Precision, **arguments: object
             p.grad = grad
         optimizer.step()
 
-    # GSAM changes between two flat gradients from step to step.
-    places = []
-    for _ in range(2):
-        step(given)
-        places.append([p.grad for p in params])
-    following = itertools.cycle(places)
-    return lambda: step(next(following))
+    return lambda: step(given)
 
 
-def _single(kind: type[AdamWL2SP]) -> Callable[[Sequence[Parameter], Precision], Step]:
-    return lambda params, precision: kind(params, lr=LR, master_weights=precision.master).step
+def _single(kind: type[AdamWL2SP | MomentumSAM]) -> Callable[[Sequence[Parameter], Precision], Step]:
+    def build(params: Sequence[Parameter], precision: Precision) -> Step:
+        optimizer = kind(params, lr=LR, master_weights=precision.master)
+        if kind is AdamWL2SP:
+            return optimizer.step
+        # There is no module whose forward pass would begin.
+        return lambda: (optimizer.perturb(), optimizer.step())
+
+    return build
 
 
 def _adamw(params: Sequence[Parameter], precision: Precision, **arguments: object) -> MasterAdamW | torch.optim.AdamW:

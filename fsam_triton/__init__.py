@@ -3,7 +3,7 @@
 from .batches.mixup import Mixup, MixupDraw
 from .batches.samples import select_samples
 from .errors import ArgumentError
-from .fisher import estimate_fisher
+from .fisher import causal_lm_loss, estimate_fisher
 from .masks.perturbed import FisherMask
 from .masks.trained import FishMask
 from .optim.adamw_l2sp import AdamWL2SP
@@ -31,6 +31,7 @@ __all__ = [
     "SparseMerger",
     "WorkerError",
     "apply_delta",
+    "causal_lm_loss",
     "estimate_fisher",
     "from_pretrained",
     "load_merged",

@@ -7,11 +7,20 @@ import triton.language as tl
 from . import spec
 
 BLOCK = spec.BLOCK
-# Four elements a thread: 16-byte accesses of fp32 and 8-byte accesses of 16-bit types, and no layout conversion through
-# shared memory where both meet in one kernel. A warp has 32 threads, but 64 on AMD's data centre GPUs.
-LANES = 256
+# Threads of a program with four elements each: 16-byte accesses of fp32. Those of 16-bit types next to it have 8 bytes:
+# with eight elements a thread they would be exchanged through shared memory.
+LANES = BLOCK // 4
 _has_amd = torch.version.hip is not None and torch.cuda.is_available()
-WARPS = LANES // (torch.cuda.get_device_properties().warp_size if _has_amd else 32)
+# A warp has 32 threads, but 64 on AMD's data centre GPUs.
+_WARP = torch.cuda.get_device_properties().warp_size if _has_amd else 32
+WARPS = LANES // _WARP
+
+
+def shape(*tensors: torch.Tensor | None) -> dict[str, int]:
+    """How a block is shared out to threads: 16-byte accesses of 16-bit types too, if all tensors are of 16 bits."""
+    lanes = LANES // 2 if all(t is None or t.element_size() == 2 for t in tensors) else LANES
+    return {"LANES": lanes, "num_warps": lanes // _WARP}
+
 
 ALIGN = tl.constexpr(spec.ALIGN)
 COLUMNS = tl.constexpr(len(spec.TABLE))
@@ -58,5 +67,6 @@ def pointer(ptr, place, WHOLE: tl.constexpr):
 def mask_bits(mask_ptr, place, offs, inside):
     """Bits of a lane's elements place + offs as booleans; place is a multiple of 32."""
     other = None if inside is None else 0
-    words = tl.load(mask_ptr + place // 32 + offs // 32, mask=inside, other=other)
-    return ((words >> (offs % 32)) & 1) != 0
+    words = tl.load(mask_ptr + (place >> 5) + (offs >> 5), mask=inside, other=other)
+    # In three parts: those that are the same for all elements of a thread are shifted by once, others are constants.
+    return ((words >> (offs & 24) >> (offs & 4) >> (offs & 3)) & 1) != 0

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -17,8 +18,9 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from . import spec
 
@@ -63,7 +65,7 @@ def prelude() -> str:
     )
 
 
-def function(header: str, instance: str, *types: type, returns: type | None = None):
+def function(header: str, instance: str, *types: type, returns: type | None = None) -> Callable[..., Any]:
     """A function template of a header with these arguments, compiled.
 
     Args:
@@ -75,16 +77,20 @@ def function(header: str, instance: str, *types: type, returns: type | None = No
     Raises:
         Unavailable: it cannot be compiled or loaded.
     """
-    source = f'{prelude()}#include "{header}.h"\nextern "C" {{\nauto* entry = &{instance};\n}}\n'
-    address = ctypes.c_void_p.in_dll(library(source), "entry").value
+    address = ctypes.c_void_p.in_dll(library(source(header, instance)), "entry").value
     return ctypes.CFUNCTYPE(returns, *types)(address)
+
+
+def source(header: str, instance: str) -> str:
+    """C++ that makes an instance of a function template known as `entry`."""
+    return f'{prelude()}#include "{header}.h"\nextern "C" {{\nauto* entry = &{instance};\n}}\n'
 
 
 _failure: Unavailable | None = None
 
 
-def library(source: str) -> ctypes.CDLL:
-    """The source, compiled with the headers of cpu/ at hand and loaded.
+def library(text: str) -> ctypes.CDLL:
+    """C++, compiled with the headers of cpu/ at hand and loaded.
 
     Raises:
         Unavailable: that is not possible, for whatever reason. It is not tried again, and warned of once.
@@ -92,12 +98,12 @@ def library(source: str) -> ctypes.CDLL:
     global _failure
     if _failure is None:
         try:
-            return _cached(source)
+            return _cached(text)
         except Exception as error:
             _failure = Unavailable(str(error))
             warnings.warn(
-                f"fsam_triton: no working C++ compiler ({error}); CPU passes run as eager PyTorch, several times slower. "
-                "Install g++ or clang++, or set CXX.",
+                f"fsam_triton: no working C++ compiler ({error}); CPU passes run as eager PyTorch, several times "
+                "slower. Install g++ or clang++, or set CXX.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -118,8 +124,8 @@ def _can_compile() -> bool:
     return True
 
 
-def _cached(source: str) -> ctypes.CDLL:
-    name = f"{hashlib.sha256(_surroundings() + source.encode()).hexdigest()[:32]}.so"
+def _cached(text: str) -> ctypes.CDLL:
+    name = f"{hashlib.sha256(_surroundings() + text.encode()).hexdigest()[:32]}.so"
     trouble: Exception = FileNotFoundError("there is no folder to keep compiled code in")
     for folder in _folders():
         try:
@@ -127,7 +133,7 @@ def _cached(source: str) -> ctypes.CDLL:
             _check_private(folder)
             with contextlib.suppress(OSError):
                 return ctypes.CDLL(str(folder / name))
-            return _compiled(source, folder, name)
+            return _compiled(text, folder, name)
         # The folder cannot be written, is full, or one from which nothing may be executed.
         except (OSError, subprocess.SubprocessError) as error:
             trouble = error
@@ -136,11 +142,10 @@ def _cached(source: str) -> ctypes.CDLL:
 
 def _folders() -> Iterator[Path]:
     """Where compiled code may be kept, the best place first."""
-    home = os.path.expanduser("~")
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
     # "~" stays as it is if nobody knows the user.
-    if os.path.isabs(cache):
-        yield Path(cache) / "fsam_triton"
+    for cache in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
+        if os.path.isabs(cache):
+            yield Path(cache) / "fsam_triton"
     with contextlib.suppress(OSError):
         yield Path(tempfile.gettempdir()) / f"fsam_triton-{os.getuid()}"
 
@@ -152,24 +157,25 @@ def _check_private(folder: Path) -> None:
         raise PermissionError(f"{folder} belongs to somebody else, or others may write to it")
 
 
-def _compiled(source: str, folder: Path, name: str) -> ctypes.CDLL:
+def _compiled(text: str, folder: Path, name: str) -> ctypes.CDLL:
     """The library `name`; several processes may compile it at once, each at a place of its own."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         place = Path(scratch)
-        (place / "pass.cpp").write_text(source)
-        _run([*_compiler(), *FLAGS, f"-I{HEADERS}", "-c", "pass.cpp", "-o", "pass.o"], scratch)
-        # PyTorch has loaded an OpenMP library for everybody. A second one would have threads of its own, which get in the
-        # way of PyTorch's: it is linked only where the compiler wants another one.
-        for openmp in ([], ["-fopenmp"]):
-            _run([*_compiler(), "-shared", *openmp, "pass.o", "-o", name], scratch)
-            try:
-                loaded = ctypes.CDLL(str(place / name))
-            except OSError as error:
-                trouble = error
-                continue
-            os.replace(place / name, folder / name)
-            return loaded
-    raise trouble
+        (place / "pass.cpp").write_text(text)
+        _run([*compiler(), *FLAGS, f"-I{HEADERS}", "-c", "pass.cpp", "-o", "pass.o"], scratch)
+        # PyTorch has loaded an OpenMP library for everybody. Another one would have threads of its own, in the way of
+        # PyTorch's: it is linked only where the compiler's code does without the first.
+        try:
+            loaded = _linked(place, name)
+        except OSError:
+            loaded = _linked(place, name, "-fopenmp")
+        os.replace(place / name, folder / name)
+        return loaded
+
+
+def _linked(place: Path, name: str, *options: str) -> ctypes.CDLL:
+    _run([*compiler(), "-shared", *options, "pass.o", "-o", name], str(place))
+    return ctypes.CDLL(str(place / name))
 
 
 def _run(command: list[str], folder: str) -> None:
@@ -182,24 +188,21 @@ def _run(command: list[str], folder: str) -> None:
 
 
 @functools.cache
-def _compiler() -> list[str]:
-    if named := os.environ.get("CXX"):
-        words = shlex.split(named)
-        if not words or shutil.which(words[0]) is None:
-            raise FileNotFoundError(f"CXX is {named!r}, which is not there")
-        return words
-    for name in ("g++", "clang++", "c++"):
-        if shutil.which(name) is not None:
-            return [name]
-    raise FileNotFoundError("neither g++ nor clang++ is on the PATH")
+def compiler() -> list[str]:
+    """The words of a command line that call the C++ compiler."""
+    named = os.environ.get("CXX")
+    for words in [shlex.split(named)] if named else [["g++"], ["clang++"], ["c++"]]:
+        if words and (path := shutil.which(words[0])):
+            return [os.path.abspath(path), *words[1:]]
+    raise FileNotFoundError(f"{'CXX is ' + named if named else 'g++, clang++'}: not found")
 
 
 @functools.cache
 def _surroundings() -> bytes:
     """What else compiled code depends on: headers, compiler, flags, processor."""
-    compiler = os.path.realpath(shutil.which(_compiler()[0]))
-    status = os.stat(compiler)
-    facts = (_compiler(), compiler, status.st_size, status.st_mtime_ns, FLAGS, platform.machine(), _processor())
+    program = os.path.realpath(compiler()[0])
+    status = os.stat(program)
+    facts = (compiler(), program, status.st_size, status.st_mtime_ns, FLAGS, platform.machine(), _processor())
     digest = hashlib.sha256(repr(facts).encode())
     for header in sorted(HEADERS.glob("*.h")):
         digest.update(header.read_bytes())
@@ -210,6 +213,7 @@ def _processor() -> str:
     """What tells processors with other instructions apart, where Linux says so; else an empty string."""
     facts = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU", "Features", "isa", "cpu\t")
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        # A file of a few lines for each core; the first one will do.
-        return "".join(line for line in iter(file.readline, "\n") if line.startswith(facts))
+        # A paragraph for each core, of which the first will do.
+        first = itertools.takewhile(lambda line: line != "\n", file)
+        return "".join(line for line in first if line.startswith(facts))
     return ""

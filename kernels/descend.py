@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import spec
-from .blocks import ALIGNED, BLOCK, CLEAN, FIRST_BLOCK, GRAD, LANES, OFFSET, OTHER, WARPS, WEIGHT, locate, pointer
+from .blocks import ALIGNED, BLOCK, CLEAN, FIRST_BLOCK, GRAD, OFFSET, OTHER, WEIGHT, locate, pointer, shape
 from .rounding import combine, high_half, low_half, narrow, random_bits, round_to, split, widen
 from .rules import adamw, lion, sgd
 from .segments import Segments
@@ -19,7 +19,7 @@ _COLUMNS = {rule: len(columns) for rule, columns in spec.DESCEND.items()}
 
 @triton.jit
 def _read(ptr, place, offs, inside, compute: tl.constexpr, WHOLE: tl.constexpr):
-    return None if ptr is None else widen(tl.load(pointer(ptr, place, WHOLE) + offs, mask=inside), compute)
+    return widen(tl.load(pointer(ptr, place, WHOLE) + offs, mask=inside), compute)
 
 
 @triton.jit
@@ -59,11 +59,11 @@ def _block(
     else:
         old_w = combine(clean, tl.load(pointer(remainder_ptr, place, WHOLE) + offs, mask=inside))
     g = _read(grad_ptr, grad_place, offs, inside, compute, WHOLE)
-    other = _read(other_ptr, other_place, offs, inside, compute, WHOLE)
-    anchor = _read(anchor_ptr, place, offs, inside, compute, WHOLE)
+    other = None if other_ptr is None else _read(other_ptr, other_place, offs, inside, compute, WHOLE)
+    anchor = None if anchor_ptr is None else _read(anchor_ptr, place, offs, inside, compute, WHOLE)
     old_state = ()
     for i in tl.static_range(len(state_ptrs)):
-        old_state = old_state + (_read(state_ptrs[i], place, offs, inside, compute, WHOLE),)
+        old_state += (_read(state_ptrs[i], place, offs, inside, compute, WHOLE),)
 
     if other is not None:
         other *= tl.load(coef_ptr + _OTHER)
@@ -192,17 +192,14 @@ def descend_(
     if not segments or not plan.blocks:
         return
     weight = segments.anchor("weight")
+    tensors = [segments.anchor(name) for name in ("clean", "grad", "other")]
+    lanes = [remainder, anchor, ema, orthogonal]
     descend_kernel[(plan.blocks,)](
         segments.relative(),
         plan.segment_of("blocks"),
         weight,
-        segments.anchor("clean"),
-        segments.anchor("grad"),
-        segments.anchor("other"),
-        remainder,
-        anchor,
-        ema,
-        orthogonal,
+        *tensors,
+        *lanes,
         coef,
         key,
         tuple(state),
@@ -210,7 +207,6 @@ def descend_(
         COLUMNS=_COLUMNS[rule],
         STOCHASTIC=stochastic and weight.element_size() == 2 and remainder is None,
         BLOCK=BLOCK,
-        LANES=LANES,
-        num_warps=WARPS,
         enable_fp_fusion=False,
+        **shape(weight, *tensors, *lanes, *state),
     )

@@ -41,28 +41,30 @@ def linear_fisher_kernel(
     times and each of D ceil(n_in / BLOCK_IN) times, by programs that run at the same time, so mostly from the L2 cache.
     Stored gradients would be written and read on top: 8 batch n_out n_in bytes.
     """
-    offs_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    offs_in = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    offs_t = tl.arange(0, BLOCK_T)
-    out_inside, in_inside = offs_out < n_out, offs_in < n_in
-    # One sample's rows stay within 32 bits, all samples' need not: the pointers move on from sample to sample.
-    grad_ptrs = grad_ptr + offs_t[:, None] * n_out + offs_out[None, :]
-    input_ptrs = input_ptr + offs_t[:, None] * n_in + offs_in[None, :]
+    # Everything that a stride multiplies has 64 bits: 16,744 positions of a vocabulary of 128,256 are 2**31 elements.
+    row_out, row_in = tl.cast(n_out, tl.int64), tl.cast(n_in, tl.int64)
+    program, tiles_out = tl.program_id(0).to(tl.int64), tl.cdiv(row_out, BLOCK_OUT)
+    first_out, first_in = program % tiles_out * BLOCK_OUT, program // tiles_out * BLOCK_IN
+    offs_out, offs_in, offs_t = tl.arange(0, BLOCK_OUT), tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_T)
+    out_inside, in_inside = first_out + offs_out < row_out, first_in + offs_in < row_in
+    rows = offs_t.to(tl.int64)[:, None]
+    grad_ptrs = grad_ptr + first_out + (rows * row_out + offs_out[None, :])
+    input_ptrs = input_ptr + first_in + (rows * row_in + offs_in[None, :])
     acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
     for _ in tl.range(0, batch):
         g = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
         for start in tl.range(0, positions, BLOCK_T):
             inside = (start + offs_t < positions)[:, None]
-            d = tl.load(grad_ptrs + start * n_out, mask=inside & out_inside[None, :], other=0.0)
-            a = tl.load(input_ptrs + start * n_in, mask=inside & in_inside[None, :], other=0.0)
+            d = tl.load(grad_ptrs + tl.cast(start, tl.int64) * row_out, mask=inside & out_inside[None, :], other=0.0)
+            a = tl.load(input_ptrs + tl.cast(start, tl.int64) * row_in, mask=inside & in_inside[None, :], other=0.0)
             if WIDEN:
                 d, a = d.to(tl.float32), a.to(tl.float32)
             # fp32 stays fp32: TF32 would leave 11 bits of each factor. 16-bit products are exact either way.
             g = tl.dot(tl.trans(d), a, g, input_precision="ieee")
         acc += tl.abs(g) if ABSOLUTE else g * g
-        grad_ptrs += positions * n_out
-        input_ptrs += positions * n_in
-    places = offs_out.to(tl.int64)[:, None] * n_in + offs_in[None, :]
+        grad_ptrs += positions * row_out
+        input_ptrs += positions * row_in
+    places = (first_out + offs_out)[:, None] * row_in + (first_in + offs_in)[None, :]
     inside = out_inside[:, None] & in_inside[None, :]
     tl.store(fisher_ptr + places, tl.load(fisher_ptr + places, mask=inside) + acc, mask=inside)
 
@@ -88,7 +90,8 @@ def linear_fisher_(fisher: torch.Tensor, inputs: torch.Tensor, output_grads: tor
     n_out, n_in = fisher.shape
     batch, positions, _ = inputs.shape
     tile = tiling(inputs.dtype, n_out, n_in)
-    grid = (triton.cdiv(n_out, tile["BLOCK_OUT"]), triton.cdiv(n_in, tile["BLOCK_IN"]))
+    # In one dimension: CUDA has 65,535 programs in the others.
+    grid = (triton.cdiv(n_out, tile["BLOCK_OUT"]) * triton.cdiv(n_in, tile["BLOCK_IN"]),)
     # The interpreter (what else would run on a CPU) multiplies the bit patterns of bf16 numbers, and Triton 3.6's
     # cannot take a loop's bound from an argument that is not a constant.
     interpreted = inputs.device.type == "cpu"

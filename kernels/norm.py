@@ -93,6 +93,7 @@ def norm_sq(segments: Segments, adaptive: bool, mask: torch.Tensor | None) -> to
             BLOCK=BLOCK,
             CHUNK=spec.CHUNK,
             num_warps=WARPS,
-            enable_fp_fusion=False,
+            # The order of a sum is the device's own anyway.
+            enable_fp_fusion=True,
         )
     return partial.sum()

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 from . import spec
-from .blocks import ALIGNED, BLOCK, FIRST_BLOCK, GRAD, LANES, OFFSET, WARPS, WEIGHT, locate, mask_bits, pointer
-from .rounding import high_half, low_half, random_bits, round_to, signed, widen
+from .blocks import ALIGNED, BLOCK, FIRST_BLOCK, GRAD, OFFSET, WEIGHT, locate, mask_bits, pointer, shape
+from .rounding import high_half, random_bits, round_to, signed_low_half, widen
 from .segments import Segments
 
 _COLUMNS = tl.constexpr(len(spec.PERTURB))
@@ -55,9 +55,9 @@ def _block(
         bits = random_bits(start, offs, tl.load(key_ptr))
         half = high_half(bits)
     if RANDOM:
-        # Both times 2**16, as integers: the noise is odd and the bound even.
-        bound = (tl.load(coef_ptr + _CHANCE) * 65536).to(tl.int32)
-        moved = moved & (signed(low_half(bits)) < bound)
+        # Both times 2**32, as integers: the noise is odd and the bound even, at most 2**31.
+        bound = tl.minimum(tl.load(coef_ptr + _CHANCE) * 2.0**32, 2.0**31 - 128)
+        moved = moved & (signed_low_half(bits) < bound.to(tl.int32))
     w += tl.where(moved, eps, 0.0)
     tl.store(weight_ptr + offs, round_to(w, half, dtype, STOCHASTIC), mask=inside)
 
@@ -81,7 +81,8 @@ def perturb_kernel(
     """backup <- w, w <- round(w + scale s g), s = w^2 (ASAM, arXiv 2102.11600 eq. 9) or 1 (SAM, 2010.01412 eq. 2).
 
     A program works on one block of one segment. Where eps is not finite the weight stays. If RANDOM each coordinate
-    moves with a probability of its own draw only (ESAM's stochastic weight perturbation, arXiv 2110.03141, section 3.1).
+    moves with a probability, by a draw of its own (ESAM's stochastic weight perturbation, arXiv 2110.03141, section
+    3.1).
 
     Args:
         table_ptr: where the segments are, int64 [segments, len(spec.TABLE)].
@@ -122,8 +123,6 @@ def perturb_(
     if not segments or not plan.blocks:
         return
     weight, grad = segments.anchor("weight"), segments.anchor("grad")
-    # Eight 16-bit elements a thread, where all arrays are of one type: accesses of 16 bytes here too.
-    half = weight.element_size() == grad.element_size() == 2
     perturb_kernel[(plan.blocks,)](
         segments.relative(),
         plan.segment_of("blocks"),
@@ -137,7 +136,6 @@ def perturb_(
         STOCHASTIC=stochastic and weight.element_size() == 2,
         RANDOM=random,
         BLOCK=BLOCK,
-        LANES=LANES // 2 if half else LANES,
-        num_warps=WARPS // 2 if half else WARPS,
         enable_fp_fusion=False,
+        **shape(weight, grad),
     )

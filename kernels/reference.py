@@ -84,8 +84,8 @@ def stochastic_round(x: Tensor, rand: Tensor, dtype: torch.dtype) -> Tensor:
 def combine(weight: Tensor, remainder: Tensor) -> Tensor:
     """The fp32 master weights of which `weight` is the rounding: their bits are those of the weights plus `remainder`.
 
-    Whatever somebody else has written into the weights is the master then, to within the old remainder. In fp16, where
-    the remainder of a subnormal number is large, one that does not fit the weight counts as zero.
+    Whatever somebody else has written into the weights is the master then, to within the old remainder. One that does not
+    fit counts as zero: below a zero there is no number, and in fp16 the remainder of a subnormal number is large.
 
     Args:
         weight: bf16 or fp16.
@@ -93,7 +93,8 @@ def combine(weight: Tensor, remainder: Tensor) -> Tensor:
     """
     wide = weight.float()
     master = (wide.view(torch.int32) + remainder.to(torch.int32)).view(torch.float32)
-    return master if weight.dtype == torch.bfloat16 else torch.where(master.half() == weight, master, wide)
+    fits = ~master.isnan() if weight.dtype == torch.bfloat16 else master.half() == weight
+    return torch.where(fits, master, wide)
 
 
 def split(master: Tensor, weight: Tensor, remainder: Tensor) -> None:

@@ -1,13 +1,16 @@
-"""Conversions between storage types and the compute type, and random numbers, exact in the interpreter and in machine code."""
+"""Conversions between storage types and the compute type, and random numbers, the same in the interpreter."""
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from . import spec
 
 _WEYL = tl.constexpr(spec.WEYL)
 _MIX = tl.constexpr(spec.MIX)
 _LARGE = tl.constexpr(spec.LARGE)
+# The smallest normal fp32 number.
+_TINY = tl.constexpr(2.0**-126)
 # The interpreter truncates fp32 to bf16, and takes a subnormal bf16 number for another fp32 one.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -51,9 +54,28 @@ def signed(half):
 
 
 @triton.jit
+def signed_low_half(bits):
+    """`signed(low_half(bits))` times 2**16, int32."""
+    return ((bits << 16) ^ (bits & 0xFFFF0000)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def quotient(x, y):
+    """x / y for y >= 0, and 0 where y is 0 or NaN.
+
+    In machine code an fp32 one has an error of 2 ulp, and is 0 where y is subnormal or more than 2**126: what the exact
+    division needs to scale these takes five instructions.
+    """
+    if _INTERPRETED or x.dtype == tl.float64:
+        return tl.where(y > 0, x / y, 0.0)
+    else:
+        return tl.where(y >= _TINY, libdevice.fast_dividef(x, y), 0.0)
+
+
+@triton.jit
 def widen(x, compute: tl.constexpr):
     """`x` of a storage type in the compute type, exactly."""
-    if _INTERPRETED and x.dtype == tl.bfloat16:
+    if x.dtype == tl.bfloat16:
         x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(compute)
 
@@ -78,8 +100,8 @@ def stochastic_round(x, half, dtype: tl.constexpr):
     """fp32 `x` rounded to one of its two neighbours in `dtype`, bf16 or fp16, so that the mean over `half` is `x`.
 
     As `reference.stochastic_round` with the random number `signed(half)`: bf16 by cutting off the lower half of the sum
-    of bits and random ones, fp16 as round_to_nearest_even(x + (U - 1/2) step). A value that `dtype` can hold stays as it
-    is, and a finite one stays finite; from 2**100 on bf16 is rounded to nearest.
+    of bits and random ones, fp16 as round_to_nearest_even(x + (U - 1/2) step). A value that `dtype` can hold stays as
+    it is, and a finite one stays finite; from 2**100 on it is rounded to nearest.
 
     Args:
         x: fp32 tensor.
@@ -88,14 +110,13 @@ def stochastic_round(x, half, dtype: tl.constexpr):
     if dtype == tl.bfloat16:
         y = ((x.to(tl.uint32, bitcast=True) + half) & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
-        # fp16 has 10 bits after the leading one; subnormals have the step of the smallest normal number.
+        # A step of fp16, which has 10 bits after the leading one, has 2**13 units; subnormals have the smallest step.
         binade = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        step = tl.maximum(binade * (1.0 / 1024), 1.0 / 16777216)
-        noise = ((signed(half) >> 3) | 1).to(tl.float32) * (1.0 / 8192)
-        # Adding and subtracting 1.5 * 2**23 steps rounds to a multiple of the step.
-        shift = step * 12582912.0
-        y = (x + step * noise + shift) - shift
-        y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
+        unit = tl.maximum(binade * (2.0**-23), 2.0**-37)
+        # Adding and subtracting 1.5 * 2**23 steps rounds to a multiple of the step. All products are exact.
+        y = tl.fma(unit, ((signed(half) >> 3) | 1).to(tl.float32), x)
+        y = tl.fma(unit, -1.5 * 2.0**36, tl.fma(unit, 1.5 * 2.0**36, y))
+        y = tl.clamp(y, -65504.0, 65504.0)
     return narrow(tl.where(tl.abs(x) < _LARGE, y, x), dtype)
 
 
@@ -114,8 +135,8 @@ def combine(weight, remainder):
     wide = widen(weight, tl.float32)
     master = (wide.to(tl.int32, bitcast=True) + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
     if weight.dtype == tl.float16:
-        master = tl.where(narrow(master, tl.float16) == weight, master, wide)
-    return master
+        return tl.where(narrow(master, tl.float16) == weight, master, wide)
+    return tl.where(master == master, master, wide)
 
 
 @triton.jit

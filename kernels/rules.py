@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from . import spec
+from .rounding import quotient
 
 # The first columns are those of every rule.
 _DECAY = tl.constexpr(spec.DESCEND["adamw"].index("decay"))
@@ -27,7 +28,7 @@ def adamw(coef_ptr, w, g, anchor, state):
     m <- m + new1 (g - m);  v <- beta2 v + new2 g^2;  top <- max(top, v)  (amsgrad; else top is v)
     w <- w - decay (w - anchor) - step_size m / (sqrt(top) inv_sqrt_bias2 + eps)
 
-    The square root and the division are the device's fast ones (1 and 2 ulp in fp32).
+    where m / 0 is 0. The square root and the division are the device's fast ones (1 and 2 ulp in fp32).
 
     Args:
         coef_ptr: the segment's row of coefficients.
@@ -48,7 +49,7 @@ def adamw(coef_ptr, w, g, anchor, state):
         top = v
         new_state = (m, v)
     denom = tl.sqrt(top) * tl.load(coef_ptr + _INV_SQRT_BIAS2) + tl.load(coef_ptr + _EPS)
-    w -= tl.load(coef_ptr + _STEP_SIZE) * tl.where(denom > 0, m / denom, 0.0)
+    w -= tl.load(coef_ptr + _STEP_SIZE) * quotient(m, denom)
     return w, new_state, v < float("inf")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import compress, repeat
 from operator import is_
 
 import numpy as np
@@ -71,6 +72,7 @@ class Segments:
         clean: where an update reads the clean weights (default: `weight`).
         other: second gradients, in the type of the first.
         uploaded: the last table of the same plan, which is taken again if it is the same.
+        known: the addresses of whole lists of tensors that are given above, by the lists' ids.
     """
 
     def __init__(
@@ -82,13 +84,19 @@ class Segments:
         clean: Sequence[Tensor | None] | None = None,
         other: Sequence[Tensor | None] | None = None,
         uploaded: Uploaded | None = None,
+        known: Mapping[int, np.ndarray] | None = None,
     ) -> None:
         self.plan = plan
+        self._known = known or {}
         self.tensors = {"weight": weight, "grad": grad, "clean": weight if clean is None else clean, "other": other}
         self._uploaded = Uploaded() if uploaded is None else uploaded
-        self.active = [w is not None and g is not None for w, g in zip(weight, grad, strict=True)]
-        self.all_active = all(self.active)
+        self.all_active = not any(map(is_, (*weight, *grad), repeat(None)))
+        self.active = [True] * len(grad)
+        if not self.all_active:
+            self.active = [w is not None and g is not None for w, g in zip(weight, grad, strict=True)]
         self._first = next((i for i, active in enumerate(self.active) if active), None)
+        self._addresses: np.ndarray | None = None
+        self._relative: Tensor | None = None
 
     def __bool__(self) -> bool:
         """Whether any segment takes part."""
@@ -111,35 +119,41 @@ class Segments:
         return None if tensors is None else tensors[self._first]
 
     def addresses(self) -> np.ndarray:
-        """The table with addresses, int64 [segments, len(spec.TABLE)]."""
+        """The table with addresses, int64 [segments, len(spec.TABLE)]; the same at each call, not to be written."""
+        if self._addresses is None:
+            self._addresses = self._table()
+        return self._addresses
+
+    def _table(self) -> np.ndarray:
         table = self.plan.template.copy()
+        which: slice | np.ndarray = slice(None)
         if not self.all_active:
-            table[~np.asarray(self.active), _COLUMN["length"]] = 0
-        aligned = np.zeros(len(table), np.int64)
+            which = np.array(self.active)
+            table[~which, _COLUMN["length"]] = 0
         done: dict[int, np.ndarray] = {}
         for name, tensors in self.tensors.items():
             if tensors is None:
                 continue
-            if id(tensors) not in done:
-                if not self.all_active:
-                    present = [t if active else None for t, active in zip(tensors, self.active, strict=True)]
-                    done[id(tensors)] = np.array([0 if t is None else t.data_ptr() for t in present], np.int64)
-                else:
-                    done[id(tensors)] = np.array(list(map(_address_of, tensors)), np.int64)
-            table[:, _COLUMN[name]] = done[id(tensors)]
-            aligned |= done[id(tensors)]
-        table[:, _COLUMN["aligned"]] = aligned & 15 == 0
+            if self.all_active and id(tensors) in self._known:
+                done[id(tensors)] = self._known[id(tensors)]
+            elif id(tensors) not in done:
+                there = tensors if self.all_active else compress(tensors, self.active)
+                done[id(tensors)] = np.fromiter(map(_address_of, there), np.int64)
+            table[which, _COLUMN[name]] = done[id(tensors)]
+        table[which, _COLUMN["aligned"]] = np.bitwise_or.reduce(list(done.values())) & 15 == 0
         return table
 
     def relative(self) -> Tensor:
         """The table on the device, tensors as elements from their column's anchor."""
-        table = self.addresses()
-        for name in self.tensors:
-            if (anchor := self.anchor(name)) is not None:
-                column = table[:, _COLUMN[name]]
-                column -= anchor.data_ptr()
-                column //= anchor.element_size()
-        return self._uploaded.table(table, self.plan.device)
+        if self._relative is None:
+            table = self._table()
+            for name in self.tensors:
+                if (anchor := self.anchor(name)) is not None:
+                    column = table[:, _COLUMN[name]]
+                    column -= anchor.data_ptr()
+                    column //= anchor.element_size()
+            self._relative = self._uploaded.table(table, self.plan.device)
+        return self._relative
 
 
 class Uploaded:
@@ -148,14 +162,25 @@ class Uploaded:
     def __init__(self) -> None:
         self._host: np.ndarray | None = None
         self._device: Tensor | None = None
+        # Pinned memory for a capture, during which none may be asked for.
+        self._spare: Tensor | None = None
 
     def table(self, table: np.ndarray, device: torch.device) -> Tensor:
+        """The table on the device."""
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if self._host is None or not np.array_equal(table, self._host):
-            self._host, self._device = table, upload(torch.from_numpy(table), device)
+            host = torch.from_numpy(table)
+            if capturing and self._spare is not None and self._spare.shape == host.shape:
+                host, self._spare = self._spare.copy_(host), None
+            elif device.type == "cuda" and self._spare is None and not capturing:
+                self._spare = torch.empty_like(host).pin_memory()
+            self._host, self._device = table, upload(host, device)
+        if capturing:
+            _captured.append(self._device)
         return self._device
 
 
-# What captured CUDA graphs copy from when they are replayed.
+# What captured CUDA graphs read when they are replayed.
 _captured: list[Tensor] = []
 
 
@@ -163,7 +188,7 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on the device, from pinned memory, without waiting."""
     if device.type != "cuda":
         return host.to(device)
-    pinned = host.pin_memory()
+    pinned = host if host.is_pinned() else host.pin_memory()
     if torch.cuda.is_current_stream_capturing():
         _captured.append(pinned)
     # Otherwise the allocator of pinned memory knows when the copy is done.

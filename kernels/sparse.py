@@ -1,50 +1,70 @@
 """The way of selected weights and gradients into compact buffers and back, one launch for all tensors."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from .blocks import WARPS
+from .blocks import LANES, WARPS
 from .jobs import jobs_of
+from .segments import upload
 
 # One element a thread: there are no neighbours that one access could take together.
-BLOCK = 256
+BLOCK = LANES
+_CPU = torch.device("cpu")
 
 
-@triton.jit
-def sparse_kernel(addresses_ptr, jobs_ptr, index_ptr, compact_ptr, SCATTER: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["anchor_ptr"])
+def sparse_kernel(anchor_ptr, places_ptr, jobs_ptr, index_ptr, compact_ptr, SCATTER: tl.constexpr, BLOCK: tl.constexpr):
     """compact[j] <- tensor_i[index[j]], or the other way if SCATTER, for the elements j of a job, all of one tensor i.
 
     Args:
-        addresses_ptr: int64 [tensors], where each begins; their type is that of `compact`.
+        anchor_ptr: the first tensor, of the type of `compact`; the others may lie anywhere.
+        places_ptr: int64 [tensors], elements from there to each of them.
         jobs_ptr: int64 [programs, 3]: a tensor, the first element and the last + 1; at most BLOCK elements.
         index_ptr: int32 or int64 [n], positions in the tensors; in each of them no two alike.
         compact_ptr: any float type [n].
 
     Bytes per element: index 4, compact 4 (fp32), and one sector of the tensor, which SCATTER reads and writes.
     """
-    job = jobs_ptr + tl.program_id(0) * 3
-    tensor = tl.load(addresses_ptr + tl.load(job)).to(tl.pointer_type(compact_ptr.dtype.element_ty))
+    job = jobs_ptr + tl.program_id(0).to(tl.int64) * 3
+    tensor_ptr = anchor_ptr + tl.load(places_ptr + tl.load(job))
     j = tl.load(job + 1) + tl.arange(0, BLOCK)
     inside = j < tl.load(job + 2)
-    place = tensor + tl.load(index_ptr + j, mask=inside, other=0).to(tl.int64)
+    place = tensor_ptr + tl.load(index_ptr + j, mask=inside, other=0).to(tl.int64)
     if SCATTER:
         tl.store(place, tl.load(compact_ptr + j, mask=inside), mask=inside)
     else:
         tl.store(compact_ptr + j, tl.load(place, mask=inside), mask=inside)
 
 
+def _places(addresses: tuple[int, ...], size: int) -> torch.Tensor:
+    return torch.tensor([(address - addresses[0]) // size for address in addresses], dtype=torch.int64)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(device: torch.device, make: Callable[..., torch.Tensor], *arguments) -> torch.Tensor:
+    return upload(make(*arguments), device)
+
+
+def _on_device(device: torch.device, make: Callable[..., torch.Tensor], *arguments) -> torch.Tensor:
+    """A table, sent again only when it has changed."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # What a graph copies is there when it is replayed, and must stay as long as the graph.
+        return _kept.__wrapped__(device, make, *arguments)
+    return _kept(device, make, *arguments)
+
+
 def _launch(tensors, index, compact, offsets, counts, scatter: bool) -> None:
-    jobs = jobs_of(tuple(offsets), tuple(counts), BLOCK, compact.device)
+    jobs = _on_device(compact.device, jobs_of, tuple(offsets), tuple(counts), BLOCK, _CPU)
     if not len(jobs):
         return
-    addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
-    if compact.is_cuda:
-        addresses = addresses.pin_memory().to(compact.device, non_blocking=True)
+    addresses = tuple(tensor.data_ptr() for tensor in tensors)
+    places = _on_device(compact.device, _places, addresses, compact.element_size())
     options = {"num_warps": WARPS, "enable_fp_fusion": False}
-    sparse_kernel[(len(jobs),)](addresses, jobs, index, compact, SCATTER=scatter, BLOCK=BLOCK, **options)
+    sparse_kernel[(len(jobs),)](tensors[0], places, jobs, index, compact, SCATTER=scatter, BLOCK=BLOCK, **options)
 
 
 def gather_(

@@ -4,22 +4,35 @@ import torch
 import triton
 import triton.language as tl
 
+from . import spec
 from .blocks import BLOCK, WARPS
-
-RADIX_BITS = 8
-CHUNK_BLOCKS = 16
+from .rounding import widen
 
 
 @triton.jit
 def magnitude_key(x, WIDE: tl.constexpr):
     """Integers in the order of |x|: the bit pattern as fp32 (31 bits) or fp64 (63 bits if WIDE); a NaN is smallest."""
     if WIDE:
-        key = x.to(tl.float64).to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+        key = widen(x, tl.float64).to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
         key = tl.where(key > 0x7FF0000000000000, 0, key)
     else:
-        key = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        key = widen(x, tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
         key = tl.where(key > 0x7F800000, 0, key)
     return key
+
+
+@triton.jit
+def _chunk(values_ptr, n, CHUNK: tl.constexpr):
+    """Where this program's chunk begins, and how many elements it has."""
+    start = tl.program_id(0).to(tl.int64) * CHUNK
+    return values_ptr + start, tl.minimum(n - start, CHUNK).to(tl.int32)
+
+
+@triton.jit
+def _next(values_ptr, first, left, BLOCK: tl.constexpr):
+    """A block to be used in the next round, so that its loads are under way during this one."""
+    offs = first + tl.arange(0, BLOCK)
+    return tl.load(values_ptr + offs, mask=offs < left, other=0.0)
 
 
 @triton.jit
@@ -32,7 +45,7 @@ def digit_histogram_kernel(
     BITS: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK_BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """hist[d] += number of keys that agree with prefix above the digit and have digit d at SHIFT.
 
@@ -42,17 +55,18 @@ def digit_histogram_kernel(
         hist_ptr: int64 [2**BITS]; added to with integer atomics, so the order does not matter.
         n: number of elements.
     """
-    start = tl.program_id(0).to(tl.int64) * (BLOCK * CHUNK_BLOCKS)
+    values_ptr, left = _chunk(values_ptr, n, CHUNK)
     offs = tl.arange(0, BLOCK)
-    prefix = tl.load(prefix_ptr) >> (SHIFT + BITS)
+    prefix = tl.load(prefix_ptr).to(tl.int64 if WIDE else tl.int32) >> (SHIFT + BITS)
     hist = tl.zeros([1 << BITS], tl.int32)
-    for _ in range(CHUNK_BLOCKS):
-        inside = start + offs < n
-        key = magnitude_key(tl.load(values_ptr + start + offs, mask=inside, other=0.0), WIDE)
-        same = inside & ((key >> (SHIFT + BITS)).to(tl.int64) == prefix)
+    ahead = _next(values_ptr, 0, left, BLOCK)
+    for done in range(0, CHUNK, BLOCK):
+        values, inside = ahead, done + offs < left
+        ahead = _next(values_ptr, done + BLOCK, left, BLOCK)
+        key = magnitude_key(values, WIDE)
+        same = inside & (key >> (SHIFT + BITS) == prefix)
         digit = (key >> SHIFT).to(tl.int32) & ((1 << BITS) - 1)
         hist += tl.histogram(digit, 1 << BITS, mask=same)
-        start += BLOCK
     bins = tl.arange(0, 1 << BITS)
     tl.atomic_add(hist_ptr + bins, hist.to(tl.int64), mask=hist > 0)
 
@@ -65,7 +79,7 @@ def count_ties_kernel(
     n,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK_BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """ties[c] = number of keys equal to the threshold in chunk c.
 
@@ -75,15 +89,14 @@ def count_ties_kernel(
         ties_ptr: int64, one per chunk; written.
         n: number of elements.
     """
-    start = tl.program_id(0).to(tl.int64) * (BLOCK * CHUNK_BLOCKS)
+    values_ptr, left = _chunk(values_ptr, n, CHUNK)
     offs = tl.arange(0, BLOCK)
-    threshold = tl.load(threshold_ptr)
+    threshold = tl.load(threshold_ptr).to(tl.int64 if WIDE else tl.int32)
     count = tl.zeros([BLOCK], tl.int32)
-    for _ in range(CHUNK_BLOCKS):
-        inside = start + offs < n
-        key = magnitude_key(tl.load(values_ptr + start + offs, mask=inside, other=0.0), WIDE)
-        count += (inside & (key.to(tl.int64) == threshold)).to(tl.int32)
-        start += BLOCK
+    for done in range(0, CHUNK, BLOCK):
+        inside = done + offs < left
+        key = magnitude_key(tl.load(values_ptr + done + offs, mask=inside, other=0.0), WIDE)
+        count += (inside & (key == threshold)).to(tl.int32)
     tl.store(ties_ptr + tl.program_id(0), tl.sum(count, 0).to(tl.int64))
 
 
@@ -96,7 +109,7 @@ def write_mask_kernel(
     n,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK_BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Bit i of the mask = key_i > threshold, or key_i == threshold and fewer than quota[c] ties before it in chunk c.
 
@@ -107,22 +120,23 @@ def write_mask_kernel(
         mask_ptr: int32 words, length ceil(n / 32); written, bits past n as zero.
         n: number of elements.
     """
-    chunk = tl.program_id(0)
-    start = chunk.to(tl.int64) * (BLOCK * CHUNK_BLOCKS)
+    values_ptr, left = _chunk(values_ptr, n, CHUNK)
+    mask_ptr += tl.program_id(0).to(tl.int64) * (CHUNK // 32)
     offs = tl.arange(0, BLOCK)
     words = tl.arange(0, BLOCK // 32)
-    threshold = tl.load(threshold_ptr)
-    quota = tl.load(quota_ptr + chunk)
-    for _ in range(CHUNK_BLOCKS):
-        inside = start + offs < n
-        key = magnitude_key(tl.load(values_ptr + start + offs, mask=inside, other=0.0), WIDE).to(tl.int64)
+    threshold = tl.load(threshold_ptr).to(tl.int64 if WIDE else tl.int32)
+    quota = tl.minimum(tl.load(quota_ptr + tl.program_id(0)), CHUNK).to(tl.int32)
+    ahead = _next(values_ptr, 0, left, BLOCK)
+    for done in range(0, CHUNK, BLOCK):
+        values, inside = ahead, done + offs < left
+        ahead = _next(values_ptr, done + BLOCK, left, BLOCK)
+        key = magnitude_key(values, WIDE)
         tie = (inside & (key == threshold)).to(tl.int32)
-        taken = (tie != 0) & (tl.cumsum(tie, 0).to(tl.int64) <= quota)
+        taken = (tie != 0) & (tl.cumsum(tie, 0) <= quota)
         bit = (taken | (inside & (key > threshold))).to(tl.int32) << (offs % 32)
         word = tl.sum(tl.reshape(bit, [BLOCK // 32, 32]), 1)
-        tl.store(mask_ptr + start // 32 + words, word, mask=start + words * 32 < n)
+        tl.store(mask_ptr + done // 32 + words, word, mask=done + words * 32 < left)
         quota -= tl.sum(tie, 0)
-        start += BLOCK
 
 
 def digit_histogram(values: torch.Tensor, prefix: torch.Tensor, shift: int, bits: int, wide: bool) -> torch.Tensor:
@@ -130,7 +144,7 @@ def digit_histogram(values: torch.Tensor, prefix: torch.Tensor, shift: int, bits
     hist = torch.zeros(1 << bits, dtype=torch.int64, device=values.device)
     n = values.numel()
     if n:
-        digit_histogram_kernel[(triton.cdiv(n, BLOCK * CHUNK_BLOCKS),)](
+        digit_histogram_kernel[(triton.cdiv(n, spec.CHUNK),)](
             values,
             prefix,
             hist,
@@ -139,7 +153,7 @@ def digit_histogram(values: torch.Tensor, prefix: torch.Tensor, shift: int, bits
             BITS=bits,
             WIDE=wide,
             BLOCK=BLOCK,
-            CHUNK_BLOCKS=CHUNK_BLOCKS,
+            CHUNK=spec.CHUNK,
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
@@ -151,9 +165,9 @@ def write_mask_(
 ) -> torch.Tensor:
     """Launch the two tie kernels; arguments and result as `reference.write_mask_`."""
     n = values.numel()
-    chunks = triton.cdiv(n, BLOCK * CHUNK_BLOCKS)
+    chunks = triton.cdiv(n, spec.CHUNK)
     ties = torch.zeros(chunks, dtype=torch.int64, device=values.device)
-    shape = {"WIDE": wide, "BLOCK": BLOCK, "CHUNK_BLOCKS": CHUNK_BLOCKS, "num_warps": WARPS, "enable_fp_fusion": False}
+    shape = {"WIDE": wide, "BLOCK": BLOCK, "CHUNK": spec.CHUNK, "num_warps": WARPS, "enable_fp_fusion": False}
     if chunks:
         count_ties_kernel[(chunks,)](values, threshold, ties, n, **shape)
         left = (quota - (ties.cumsum(0) - ties)).clamp_(min=0)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fsam_triton import coefficients
+from fsam_triton.optim import coefficients
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -39,23 +39,17 @@ def assert_uncorrelated(a: Tensor, b: Tensor) -> None:
 
 
 def used_keys(n: int) -> list[int]:
-    """Keys of consecutive steps of one bucket, as the optimizer makes them."""
+    """Keys of consecutive steps of one parameter, as the optimizer makes them, signed."""
     step, zero = torch.arange(n, dtype=torch.float32), torch.zeros(n, dtype=torch.int64)
     return coefficients.keys(step, zero + 0x3C6EF372, zero).to(torch.int64).tolist()
 
 
-def without_subnormals(values: Tensor) -> Tensor:
-    """Zeros for subnormal bf16 numbers, which Triton's interpreter turns into other fp32 numbers."""
-    return torch.where(values.abs() < 2.0**-126, 0.0, values) if values.dtype == torch.bfloat16 else values
-
-
 def special_values(dtype: torch.dtype) -> Tensor:
-    """Zeros, subnormals (not in bf16), the ends of the normal range, infinities and NaN, of both signs."""
+    """Zeros, subnormals, the ends of the normal range, infinities and NaN, of both signs."""
     info = torch.finfo(dtype)
     subnormal = [info.tiny * info.eps, info.tiny * (1 - info.eps)]
     positive = [0.0, *subnormal, info.tiny, 1.0, info.max, float("inf"), float("nan")]
-    special = torch.tensor([sign * value for value in positive for sign in (1, -1)], dtype=torch.float64).to(dtype)
-    return without_subnormals(special)
+    return torch.tensor([sign * value for value in positive for sign in (1, -1)], dtype=torch.float64).to(dtype)
 
 
 def ordinary(n: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
@@ -72,11 +66,11 @@ def with_specials(n: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> 
 
 
 def any_bits(n: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Random bit patterns: all binades are equally frequent; subnormal ones are zeros in bf16."""
+    """Random bit patterns: all binades are equally frequent."""
     info = torch.iinfo(INTEGERS[dtype.itemsize])
     generator = torch.Generator().manual_seed(seed)
     patterns = torch.randint(info.min, info.max, (n,), generator=generator, dtype=INTEGERS[dtype.itemsize])
-    return without_subnormals(patterns.view(dtype))
+    return patterns.view(dtype)
 
 
 def random_mask(n: int, seed: int) -> Tensor:

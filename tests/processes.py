@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fsam_triton import ops
+from fsam_triton.kernels import build
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -39,14 +39,14 @@ def start(function, n: int, *arguments) -> None:
 def eager_passes() -> Iterator[None]:
     """The passes as the processes have them: eager PyTorch's square roots can differ in the last bit from C++."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_can_compile", lambda: False)
+        patch.setattr(build, "available", lambda: False)
         yield
 
 
 def _call(rank: int, worker, n: int, folder: Path, *arguments) -> None:
     torch.set_num_threads(1)
     # To load what builds and loads the C++ takes each process two seconds.
-    ops._can_compile = lambda: False
+    build.available = lambda: False
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n, timeout=timeout)
     torch.save(worker(rank, n, folder, *arguments), folder / f"result-{rank}.pt")

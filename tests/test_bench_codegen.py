@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from fsam_triton import FSAM, AdamWL2SP, FisherMask, MomentumSAM, Schedule, ops
-from fsam_triton.kernels import adamw_l2sp, grad_norm, perturb, surrogate_gap, topk_mask
+from fsam_triton.kernels import descend, gap, norm, perturb, topk_mask
 from tests.test_fidelity import load_bench
 
 load_bench()
 
 from bench import codegen  # noqa: E402
-from bench.kernel_builds import PRECISIONS, Build, configurations, steps  # noqa: E402
+from bench.kernel_builds import DTYPES as TYPES  # noqa: E402
+from bench.kernel_builds import PRECISIONS, Build, configurations, is_over_segments, steps  # noqa: E402
 from bench.machine_code import Resources, resident_warps  # noqa: E402
 
 PAGE = Path(__file__).parent.parent / "docs" / "machine_code.md"
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-DTYPES |= {torch.int32: "i32", torch.int64: "i64"}
+DTYPES = {dtype: name for name, dtype in TYPES.items()}
 
 
 class Recorder:
@@ -31,15 +31,18 @@ class Recorder:
     def __getitem__(self, grid):
         def launch(*args, num_warps, enable_fp_fusion=True, **flags):
             given = dict(zip(self.kernel.arg_names, args, strict=False))
-            tensors = {name: t for name, t in given.items() if isinstance(t, torch.Tensor)}
             # Norms that are not NaN, and enough of every digit for the search of a threshold to go on.
-            for name in {"partial_ptr", "hist_ptr"} & set(tensors):
-                tensors[name].fill_(tensors[next(iter(tensors))].numel())
-            pointers = {name: DTYPES[t.dtype] for name, t in tensors.items()}
-            is_aligned = given["n"] % 16 == 0
+            for name in {"partial_ptr", "hist_ptr"} & set(given):
+                given[name].fill_(1 << 20)
+            pointers = {name: named(value) for name, value in given.items() if isinstance(value, torch.Tensor | tuple)}
+            is_aligned = given["n"] % 16 == 0 if "n" in given else None
             self.launches.append((self.kernel.__name__, pointers, flags, is_aligned, num_warps, enable_fp_fusion))
 
         return launch
+
+
+def named(value: torch.Tensor | tuple) -> str | tuple:
+    return DTYPES[value.dtype] if isinstance(value, torch.Tensor) else tuple(map(named, value))
 
 
 def described(one: Build) -> tuple:
@@ -60,54 +63,58 @@ CONFIGURATIONS = configurations()
 
 @pytest.fixture
 def launches(monkeypatch) -> list:
-    """What the launchers of passes over flat buffers would launch on a GPU with warps of 32."""
+    """What the launchers would launch on a GPU with warps of 32."""
     found = []
-    for module in (adamw_l2sp, grad_norm, perturb, surrogate_gap, topk_mask):
+    for module in (descend, gap, norm, perturb, topk_mask):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
     monkeypatch.setattr(ops, "interpreting", lambda: True)
     return found
 
 
-# An optimizer for each of the methods, and the shape of its one parameter, which matters where it is not flattened.
-WHOLE, MULTIPLE_OF_16, ODD = (64, 320), (16, 20), (7, 3)
-OPTIMIZERS: dict[str, tuple[Callable, dict, tuple[int, int]]] = {
-    "AdamW": (AdamWL2SP, {}, WHOLE),
-    "AdamW, clipped": (AdamWL2SP, {"max_grad_norm": 1.0}, WHOLE),
-    "AdamW, amsgrad": (AdamWL2SP, {"amsgrad": True}, WHOLE),
-    "AdamW, L2-SP": (AdamWL2SP, {"l2_sp": 0.01}, WHOLE),
-    "SAM": (FSAM, {}, WHOLE),
-    "SAM, L2-SP": (FSAM, {"l2_sp": 0.01}, WHOLE),
-    "SAM, ema": (FSAM, {"ema_decay": 0.9}, WHOLE),
-    "SAM, static_grads": (FSAM, {"static_grads": True}, WHOLE),
-    "SAM, to nearest": (FSAM, {"stochastic_rounding": False}, WHOLE),
-    "SAM, in place": (FSAM, {"flatten": False}, MULTIPLE_OF_16),
-    "SAM, in place, sparse or sharded": (FSAM, {"flatten": False}, ODD),
-    "ASAM": (FSAM, {"adaptive": True}, WHOLE),
-    "FSAM": (FSAM, {"mask": FisherMask(0.5)}, WHOLE),
-    "FSAM, masked norm": (FSAM, {"mask": FisherMask(0.5), "mask_norm": "masked"}, WHOLE),
-    "ESAM": (FSAM, {"beta": 0.5}, WHOLE),
-    "GSAM": (FSAM, {"alpha": 0.5}, WHOLE),
-    "LookSAM": (FSAM, {"schedule": Schedule(every=2, reuse=0.5)}, WHOLE),
-    "momentum-SAM": (MomentumSAM, {}, WHOLE),
-    "momentum-SAM, ema": (MomentumSAM, {"ema_decay": 0.9}, WHOLE),
+# An optimizer for each of the methods, and the step that is looked at: every other one is plain in a schedule.
+EVERY_OTHER = Schedule(every=2)
+OPTIMIZERS: dict[str, tuple[Callable, dict, int]] = {
+    "AdamW": (AdamWL2SP, {}, 1),
+    "AdamW, clipped": (AdamWL2SP, {"max_grad_norm": 1.0}, 1),
+    "AdamW, amsgrad": (AdamWL2SP, {"amsgrad": True}, 1),
+    "AdamW, L2-SP": (AdamWL2SP, {"l2_sp": 0.01}, 1),
+    "SGD": (FSAM, {"rule": "sgd", "schedule": EVERY_OTHER}, 2),
+    "SGD, momentum": (FSAM, {"rule": "sgd", "momentum": 0.9, "schedule": EVERY_OTHER}, 2),
+    "Lion": (FSAM, {"rule": "lion", "schedule": EVERY_OTHER}, 2),
+    "SAM": (FSAM, {}, 1),
+    "SAM, L2-SP": (FSAM, {"l2_sp": 0.01}, 1),
+    "SAM, ema": (FSAM, {"ema_decay": 0.9}, 1),
+    "SAM, to nearest": (FSAM, {"stochastic_rounding": False}, 1),
+    "SAM, SGD": (FSAM, {"rule": "sgd", "momentum": 0.9}, 1),
+    "SAM, Lion": (FSAM, {"rule": "lion"}, 1),
+    "ASAM": (FSAM, {"adaptive": True}, 1),
+    "FSAM": (FSAM, {"mask": FisherMask(0.5)}, 1),
+    "FSAM, masked norm": (FSAM, {"mask": FisherMask(0.5), "mask_norm": "masked"}, 1),
+    "ESAM": (FSAM, {"beta": 0.5}, 1),
+    "GSAM": (FSAM, {"alpha": 0.5}, 1),
+    "LookSAM": (FSAM, {"schedule": Schedule(every=2, reuse=0.5)}, 1),
+    "LookSAM, reused": (FSAM, {"schedule": Schedule(every=2, reuse=0.5)}, 2),
+    "momentum-SAM": (MomentumSAM, {}, 2),
+    "momentum-SAM, ema": (MomentumSAM, {"ema_decay": 0.9}, 2),
 }
 
 
-def train(method: str, precision: str, steps: int, launches: list) -> list:
-    """What the last of some steps launches."""
-    cls, arguments, shape = OPTIMIZERS[method]
+def train(method: str, precision: str, launches: list) -> list:
+    """What a step of a method launches."""
+    cls, arguments, step = OPTIMIZERS[method]
     weight, master = PRECISIONS[precision]
-    dtype = next(dtype for dtype, name in DTYPES.items() if name == weight)
-    p = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
+    p = torch.nn.Parameter(torch.ones(64, 320, dtype=TYPES[weight]))
     optimizer = cls([("layer.weight", p)], master_weights=master, **arguments)
 
     def closure():
         p.grad = torch.ones_like(p)
         return torch.zeros(())
 
-    for _ in range(steps):
+    for _ in range(step):
         launches.clear()
+        if cls is MomentumSAM:
+            optimizer.perturb()
         optimizer.step(closure)
     return launches
 
@@ -115,24 +122,19 @@ def train(method: str, precision: str, steps: int, launches: list) -> list:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("method", OPTIMIZERS)
 def test_builds_of_a_method_are_what_its_optimizer_launches(method, precision, launches):
-    found = train(method, precision, 1, launches)
+    found = train(method, precision, launches)
     choices = [launch for launch in found if "values_ptr" in launch[1]]
     assert [launch for launch in found if launch not in choices] == STEPS[method, precision]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_builds_of_a_step_that_reuses_a_gradient_are_what_is_launched(precision, launches):
-    assert train("LookSAM", precision, 2, launches) == STEPS["LookSAM, reused", precision]
-
-
 def test_every_method_of_the_report_has_an_optimizer():
-    assert {method for method, _ in STEPS} == {*OPTIMIZERS, "LookSAM, reused"}
+    assert {method for method, _ in STEPS} == set(OPTIMIZERS)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
 def test_choice_of_a_mask_is_among_the_configurations(precision, launches):
     """But for the digits between the first and the last one, which are those with other shifts."""
-    found = [launch for launch in train("FSAM", precision, 1, launches) if "values_ptr" in launch[1]]
+    found = [launch for launch in train("FSAM", precision, launches) if "values_ptr" in launch[1]]
     built = [described(one) for one in CONFIGURATIONS if "values_ptr" in dict(one.pointers)]
 
     def shifted(launch: tuple) -> tuple:
@@ -176,15 +178,36 @@ def test_latency_that_loads_in_flight_hide():
     assert codegen.Device("sm_90", 3.3e12, 132).hidden_latency(25_000) == pytest.approx(1e-6)
 
 
-def test_time_is_bytes_over_bandwidth():
-    def source(one, target):
-        return codegen.Figures({}, {}, 10.0, 32, 0, 0, 1.0, 0)
+def figures(moved: float, instructions: float) -> codegen.Figures:
+    return codegen.Figures({}, {}, moved, 32, 0, 0, 1.0, 0, instructions)
 
-    rows = codegen.time_table(source).splitlines()
+
+def test_time_is_bytes_over_bandwidth():
+    rows = codegen.time_table(lambda one, target: figures(10.0, 0.0)).splitlines()
     # Three kernels of 10 bytes for 1e9 parameters at 3.35 TB/s.
     sam = next(row for row in rows[rows.index("1 B parameters") :] if re.match(r" *SAM +fp32", row))
     assert float(sam.split()[3]) == pytest.approx(30 / 3.35, rel=0.005)
     assert float(sam.split()[6]) == pytest.approx(30 / 5.3, rel=0.005)
+
+
+def test_share_of_the_bandwidth_is_what_instructions_leave():
+    """100 processors of 1 GHz start 12.8e12 instructions of a lane a second: 16 take 1.25 ps, 4 bytes 4 ps at 1 TB/s."""
+    device = codegen.Device("sm_90", 1e12, 100, 1e9)
+    assert device.share(4, 16) == 1.0
+    assert device.share(4, 4 * 12.8 * 2) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("instructions", "is_kept"), [(1.0, True), (1000.0, False)])
+def test_report_says_which_passes_do_not_keep_the_budget(instructions, is_kept):
+    last = codegen.share_table(lambda one, target: figures(8.0, instructions)).splitlines()[-1]
+    assert last.endswith("Every pass keeps it.") == is_kept
+    assert ("Not kept by norm-fp32 on B200." in last) != is_kept
+
+
+def test_committed_report_says_that_every_pass_keeps_the_budget():
+    assert tables()["4"].endswith("Every pass keeps it.")
+    rows = [row.split()[0] for row in tables()["4"].splitlines()[2:-1]]
+    assert rows == [one.name for one in CONFIGURATIONS if is_over_segments(one)]
 
 
 def tables() -> dict[str, str]:
@@ -203,12 +226,12 @@ def test_page_quotes_the_committed_report(block):
 
 
 def test_page_quotes_all_tables_but_the_list_of_all_configurations():
-    assert [block.id for block in quoted()] == ["1", "2", "3", "4"]
-    assert list(tables()) == ["1", "2", "3", "4", "5"]
+    assert [block.id for block in quoted()] == ["1", "2", "3", "4", "5"]
+    assert list(tables()) == ["1", "2", "3", "4", "5", "6"]
 
 
 def test_committed_report_has_every_configuration():
-    listed = re.findall(r"^([\w-]+) \((.*)\)$", tables()["5"], re.M)
+    listed = re.findall(r"^([\w-]+) \((.*)\)$", tables()["6"], re.M)
     assert dict(listed) == {one.name: "; ".join(launchers) for one, launchers in CONFIGURATIONS.items()}
 
 

@@ -69,17 +69,6 @@ def test_a_ratio_is_to_the_first_of_the_same_algorithm_precision_and_model():
     assert "| another | 48 | 3.00 ns (1.50x), 27% | - |" in lines
 
 
-def test_speed_compares_with_ours_of_the_same_precision_and_rounding():
-    run = run_of(
-        row("steps", "FSAM", 1e-3, precision="bf16"),
-        row("steps", "FSAM, rounding to nearest", 5e-4, precision="bf16"),
-        row("steps", "another", 3e-3, precision="bf16"),
-        row("steps", "FSAM", 2e-3),
-        row("steps", "another", 4e-3),
-    )
-    assert "| another | 2.0x | 6.0x | 3.0x | - |" in lines_of("speed", run)
-
-
 def test_times_are_compared_at_equal_bandwidth():
     """The second one took as long, but the memory was twice as fast."""
     run = run_of(row("steps", "FSAM", 1e-3), row("steps", "another", 1e-3, fraction=0.4))

@@ -15,23 +15,25 @@ from fsam_triton.finetune.options import Arguments
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = (
-    "adamw_l2sp",
     "analysis.density",
     "analysis.hessian",
     "analysis.landscape",
     "analysis.sharpness",
-    "delta",
-    "distributed",
-    "fish",
+    "batches.mixup",
+    "batches.samples",
     "fisher.estimate",
-    "fsam",
+    "fisher.losses",
     "integrations.lightning",
     "integrations.transformers",
-    "masks",
-    "mixup",
-    "momentum_sam",
-    "samples",
-    "schedule",
+    "masks.perturbed",
+    "masks.trained",
+    "optim.adamw_l2sp",
+    "optim.fsam",
+    "optim.momentum_sam",
+    "optim.sam",
+    "optim.schedule",
+    "sparse_training.delta",
+    "sparse_training.merger",
 )
 
 

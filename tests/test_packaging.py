@@ -35,18 +35,15 @@ def in_metadata(wheel: zipfile.ZipFile, name: str) -> str:
     return wheel.read(path).decode()
 
 
-def test_wheel_has_every_module_of_every_package(wheel):
-    folders = {
-        "fsam_triton": ROOT / "fsam_triton",
-        "fsam_triton/analysis": ROOT / "fsam_triton" / "analysis",
-        "fsam_triton/finetune": ROOT / "fsam_triton" / "finetune",
-        "fsam_triton/fisher": ROOT / "fsam_triton" / "fisher",
-        "fsam_triton/integrations": ROOT / "fsam_triton" / "integrations",
-        "fsam_triton/kernels": ROOT / "kernels",
+def test_wheel_has_every_module_and_header_of_every_package(wheel):
+    roots = {ROOT / "fsam_triton": Path("fsam_triton"), ROOT / "kernels": Path("fsam_triton/kernels")}
+    expected = {
+        str(package / path.relative_to(root))
+        for root, package in roots.items()
+        for pattern in ("*.py", "*.h")
+        for path in root.rglob(pattern)
     }
-    for package, folder in folders.items():
-        inside = {name for name in wheel.namelist() if name.endswith(".py") and name.rpartition("/")[0] == package}
-        assert inside == {f"{package}/{path.name}" for path in folder.glob("*.py")}
+    assert {name for name in wheel.namelist() if name.endswith((".py", ".h"))} == expected
 
 
 def test_wheel_has_one_top_level_package(wheel):

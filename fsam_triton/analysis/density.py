@@ -22,7 +22,7 @@ def mask_density(optimizer: Optimizer, model: nn.Module) -> dict[str, float]:
     says what is trained, knows the names by itself: `FishMask.density_by_tensor`.)
 
     Args:
-        optimizer: an `FSAM` with a `FisherMask`.
+        optimizer: an `FSAM` or `SAM` with a `FisherMask`.
         model: whose parameters the optimizer has.
 
     Returns:
@@ -43,7 +43,9 @@ def mask_density(optimizer: Optimizer, model: nn.Module) -> dict[str, float]:
         {'weight': 0.5, 'bias': 1.0}
     """
     mask = getattr(optimizer, "mask", None)
-    check(isinstance(mask, FisherMask), "optimizer", type(optimizer).__name__, "must be an FSAM with a FisherMask")
+    check(
+        isinstance(mask, FisherMask), "optimizer", type(optimizer).__name__, "must be an FSAM or SAM with a FisherMask"
+    )
     params = [p for group in optimizer.param_groups for p in group["params"]]
     density = dict(zip(params, optimizer.mask_density().values(), strict=True))
     return {name: density.get(p, 0.0) for name, p in model.named_parameters()}

@@ -31,7 +31,8 @@ class MeanLoss(nn.Module):
     nor into their gradients. Buffers are copies, so that every evaluation finds them as they were.
 
     Attributes:
-        weights: the trainable parameters' values, fp32 where the parameters have 16 bits.
+        weights: the trainable parameters' values, fp32 where the parameters have 16 bits; the clean ones, if an
+            optimizer has perturbed them.
         shares: each batch's part of the samples, which its loss counts for; equal ones if a batch has no tensor.
     """
 
@@ -40,7 +41,9 @@ class MeanLoss(nn.Module):
         self.model = model
         self._loss = loss
         params = trainable_parameters(model)
-        self.weights: Vector = [_wide(p.detach()) for p in params.values()]
+        # Through state_dict(), because it shows clean weights.
+        shown = model.state_dict()
+        self.weights: Vector = [_wide(shown.get(name, p).detach()) for name, p in params.items()]
         self._names = [f"model.{name}" for name in params]
         self._frozen = {name: _wide(p.detach()) for name, p in self.named_parameters() if not p.requires_grad}
         self.batches = list(batches)

@@ -46,7 +46,7 @@ class Mixup:
         >>> mixup = Mixup(total_steps=4, alpha=1.0)
         >>> ids, labels = torch.randint(32, (8, 5)), torch.randint(2, (8,))
         >>> for step in range(4):
-        ...     draw = mixup.draw(len(ids), step)  # once a step: both passes of SAM mix alike
+        ...     draw = mixup.draw(len(ids), step)  # once per step: both passes of SAM mix alike
         ...     def closure():
         ...         optimizer.zero_grad()
         ...         with draw.applied(model):

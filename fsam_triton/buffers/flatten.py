@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -21,10 +20,8 @@ def flatten(params: Iterable[Parameter]) -> None:
     """
     kinds: dict[tuple, list[Parameter]] = {}
     for p in params:
-        shared = p.device.type == "cpu" and p.is_shared()
-        if not shared and p.untyped_storage().nbytes() == p.numel() * p.element_size():
+        if not _is_shared(p):
             kinds.setdefault((p.device, p.dtype), []).append(p)
-    kinds = {kind: _alone(own) for kind, own in kinds.items()}
     for (device, dtype), own in kinds.items():
         plan = Plan([p.numel() for p in own], device)
         buffer = torch.zeros(plan.size, dtype=dtype, device=device).untyped_storage()
@@ -35,7 +32,13 @@ def flatten(params: Iterable[Parameter]) -> None:
             p.data = view.copy_(p)
 
 
-def _alone(params: list[Parameter]) -> list[Parameter]:
-    """Those whose memory no other one has."""
-    counts = Counter(p.data_ptr() for p in params)
-    return [p for p in params if counts[p.data_ptr()] == 1]
+def _is_shared(p: Parameter) -> bool:
+    """Whether its memory is a part of somebody else's, or another process or tensor has it too."""
+    storage = p.untyped_storage()
+    if storage.nbytes() != p.numel() * p.element_size() or (p.device.type == "cpu" and p.is_shared()):
+        return True
+    # One of NumPy's memory or of a file cannot be resized.
+    if not storage.resizable():
+        return True
+    # The parameter's and `storage`.
+    return torch._C._storage_Use_Count(storage._cdata) > 2

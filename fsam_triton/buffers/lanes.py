@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from operator import is_
@@ -13,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .. import ops
-from ..errors import check
+from ..errors import ArgumentError, check
 from ..kernels.reference import combine, pack_mask, split, unpack_mask
 from ..kernels.segments import Plan, Segments, Uploaded, upload
 from .guards import alike
@@ -57,12 +57,27 @@ class Member:
 
     @property
     def name(self) -> str | None:
-        """Its name, if the optimizer was given names."""
-        names = self.group.get("param_names")
-        return names[self.position] if names else None
+        """Its name; see `name_of`."""
+        return name_of(self.group, self.position)
 
     def __str__(self) -> str:
-        return repr(self.name) if self.name else f"number {self.position} of its group (shape {tuple(self.p.shape)})"
+        with contextlib.suppress(ArgumentError):
+            if self.name is not None:
+                return repr(self.name)
+        return f"number {self.position} of its group (shape {tuple(self.p.shape)})"
+
+
+def name_of(group: Mapping[str, Any], position: int) -> str | None:
+    """The name of a group's parameter; None without names, and for one that was appended later.
+
+    Raises:
+        ArgumentError: parameters were taken out, and their names were not.
+    """
+    names, params = group.get("param_names"), group["params"]
+    if names is None:
+        return None
+    check(len(names) <= len(params), "param_names", names, f"must be those of the group's {len(params)} parameters")
+    return names[position] if position < len(names) else None
 
 
 class Numbers:
@@ -78,7 +93,9 @@ class Numbers:
         plain = tuple(tuple(None if isinstance(v, Tensor) else float(v) for v in row) for row in values)
         if plain != self._sent:
             host = torch.tensor([[0.0 if v is None else v for v in row] for row in plain], dtype=torch.float64)
-            self._sent, self._rows = plain, upload(host, self._device)
+            sent, self._sent = upload(host, self._device), plain
+            # In place, because a captured CUDA graph reads them where they are.
+            self._rows = self._rows.copy_(sent) if self._rows.shape == sent.shape else sent
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 if isinstance(value, Tensor):
@@ -101,6 +118,8 @@ class Lanes:
         lanes: buffers by name [size]; of "mask", int32 words [size / 32].
         steps: fp32 [parameters], how often each was updated.
         perturbed: while some of the parameters are perturbed, how they were left; else None.
+        where: addresses and strides of the weights when they were last looked at.
+        moves: how often they were others than before.
         shard_groups: the process groups over which the weights are cut into shards, if any.
     """
 
@@ -113,19 +132,24 @@ class Lanes:
         self.lanes: dict[str, Tensor] = {}
         self.steps = torch.zeros(len(self.params), dtype=torch.float32, device=self.device)
         self.perturbed: Perturbed | None = None
-        self.uploaded = Uploaded()
+        self._uploaded: dict[str, Uploaded] = {}
         # Weights that are not dense in memory are worked on in a copy.
         self._staged: dict[int, Tensor] = {}
-        self._addresses: list[int] = []
-        # Whether two parameters share memory: one launch may not write both.
-        self.overlapping = False
+        self.where: tuple[list[int], list[tuple[int, ...]]] = [], []
+        self.moves = 0
+        self._memory_alike: Callable[..., bool] | None = None
+        # Addresses of lists of tensors that are passed on as they are, by the lists' ids.
+        self._known: dict[int, np.ndarray] = {}
         self._flags: tuple[list[bool], Tensor] | None = None
         self._grads_alike = None
         self._views: dict[str, list[Tensor]] = {}
-        # What `state` shows of each parameter: its entry, and what we have put there; and the latter in one list.
+        # What `state` shows of each parameter: its entry, what we have put there, and where that is in memory.
         self._entries: list[dict[str, Any] | None] = [None] * len(self.params)
         self._published: list[dict[str, Tensor]] = [{} for _ in self.params]
-        self._all_published: list[Tensor] | None = None
+        self._published_at: list[list[int]] = [[] for _ in self.params]
+        # Everything in the entries, and what we have put there and its addresses, when they were last followed.
+        self._all_published: list[Any] | None = None
+        self._own: tuple[list[Tensor], list[int]] = [], []
         self.groups = list({id(member.group): member.group for member in self.members}.values())
         self._numbers: dict[str, Numbers] = {}
         self._constants: dict[str, Tensor] = {}
@@ -152,11 +176,19 @@ class Lanes:
         """How often each parameter was written into, as autograd counts."""
         return [p._version for p in self.params]
 
-    def fits(self) -> bool:
-        """Whether every parameter still has the device, type, shape and strides that the lanes were made for."""
+    def rewind(self, versions: Sequence[int]) -> None:
+        """Have autograd take the weights for those of these versions."""
+        torch._C._autograd._unsafe_set_version_counter(tuple(self.params), tuple(versions))
+
+    def fits(self, thoroughly: bool = False) -> bool:
+        """Whether every parameter still has the device, type, shape and strides that the lanes were made for.
+
+        Those that have not moved are looked at only thoroughly.
+        """
         memory = self.memory()
         addresses = list(map(Tensor.data_ptr, memory))
-        if addresses == self._addresses:
+        moved = addresses != self.where[0]
+        if not (moved or thoroughly) and self._memory_alike is not None and self._memory_alike(*memory):
             return True
         self._staged = {}
         for i, tensor in enumerate(memory):
@@ -166,7 +198,10 @@ class Lanes:
                 if dense_strides(tensor) != self.full_strides[i]:
                     return False
                 self._stage(i, tensor)
-        self._addresses, self.overlapping = addresses, _overlap(memory)
+        strides = list(map(Tensor.stride, memory))
+        self.moves += moved or strides != self.where[1]
+        self.where, self._memory_alike = (addresses, strides), alike(memory)
+        self._known[id(self.params)] = np.array(addresses, np.int64)
         return True
 
     def _stage(self, i: int, tensor: Tensor) -> None:
@@ -176,8 +211,14 @@ class Lanes:
         """Where a pass reads and writes the weights; `written` is to follow."""
         memory = self.memory()
         if self._staged:
-            memory = [self._staged[i].copy_(t) if i in self._staged else t for i, t in enumerate(memory)]
+            memory = [self._staged.get(i, tensor) for i, tensor in enumerate(memory)]
+            self.stage()
         return memory
+
+    def stage(self) -> None:
+        """Have the copies that are worked on as the weights are now, where another pass may have written these."""
+        for i, staged in self._staged.items():
+            staged.copy_(self.params[i].detach())
 
     def gradients(self) -> list[Tensor | None]:
         """Each parameter's gradient as it is at this moment, None where there is none; copied only if it must be.
@@ -194,25 +235,24 @@ class Lanes:
         return [p.grad for p in self.params]
 
     def _usable(self, grads: list[Tensor | None]) -> list[Tensor | None]:
-        if not self.fits_now():
+        if not self.fits(thoroughly=True):
             raise Moved
         out = [None if grad is None else self._like_weights(i, grad) for i, grad in enumerate(grads)]
         if all(new is grad and grad is not None for new, grad in zip(out, grads, strict=True)):
             self._grads_alike = alike(grads)
         return out
 
-    def fits_now(self) -> bool:
-        """`fits`, also where a parameter has changed but its address has not."""
-        self._addresses = []
-        return self.fits()
-
-    def _like_weights(self, i: int, grad: Tensor) -> Tensor:
+    def check_layout(self, i: int, grad: Tensor) -> None:
+        """Raise a RuntimeError if a gradient is sparse."""
         if grad.layout != torch.strided:
             raise RuntimeError(f"sparse gradient of parameter {self.members[i]}: only dense gradients are supported")
-        if grad.dtype == self.dtype and grad.stride() == self.strides[i] or not grad.numel():
+
+    def _like_weights(self, i: int, grad: Tensor) -> Tensor:
+        self.check_layout(i, grad)
+        here = self.shapes[i], self.strides[i], self.dtype, self.device
+        if (grad.shape, grad.stride(), grad.dtype, grad.device) == here and not grad.is_neg():
             return grad
-        out = torch.empty_strided(self.shapes[i], self.strides[i], dtype=self.dtype, device=self.device)
-        return out.copy_(grad.detach())
+        return torch.empty_strided(*here[:2], dtype=self.dtype, device=self.device).copy_(grad.detach())
 
     def written(self, active: Sequence[bool]) -> None:
         """Tell everybody that a pass has written the active parameters where `weights` said."""
@@ -227,38 +267,22 @@ class Lanes:
             # Autocast would use the 16-bit copies that it has made of the weights before.
             torch.clear_autocast_cache()
 
-    def rounds(
+    def segments(
         self,
         grads: Sequence[Tensor | None],
         *,
         weight: Sequence[Tensor] | None = None,
         clean: Sequence[Tensor] | None = None,
         other: Sequence[Tensor | None] | None = None,
-    ) -> Iterator[Segments]:
-        """The launches of a pass over the parameters that have one of `grads`: one, if no two share memory."""
+        half: str,
+    ) -> Segments:
+        """The launch of passes over the parameters that have one of `grads`.
+
+        Its table is sent to the device again only if it is not that of the last passes of the same `half` of a step.
+        """
         weight = self.weights() if weight is None else weight
-        more = {"clean": clean, "other": other, "uploaded": self.uploaded}
-        if not self.overlapping:
-            yield Segments(self.plan, weight, grads, **more)
-            return
-        left = [i for i, grad in enumerate(grads) if grad is not None]
-        while left:
-            now: list[int] = []
-            for i in left:
-                if not _overlap([weight[j] for j in (*now, i)]):
-                    now.append(i)
-            left = [i for i in left if i not in now]
-            yield Segments(self.plan, weight, [g if i in now else None for i, g in enumerate(grads)], **more)
-
-    def norm_sq(self, grads: Sequence[Tensor | None], adaptive: bool = False, mask: Tensor | None = None) -> Tensor:
-        """Sum of squares of `grads`; see `kernels.reference.norm_sq`."""
-        # Unless it is adaptive, nothing of the weights is read.
-        weight = self.weights() if adaptive else grads
-        return ops.norm_sq(Segments(self.plan, weight, grads, uploaded=self.uploaded), adaptive, mask)
-
-    def gap(self, grads: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> Tensor:
-        """Dot products of second gradients and `grads`; see `kernels.reference.gap`."""
-        return ops.gap(Segments(self.plan, grads, grads, other=other, uploaded=self.uploaded))
+        uploaded = self._uploaded.setdefault(half, Uploaded())
+        return Segments(self.plan, weight, grads, clean=clean, other=other, uploaded=uploaded, known=self._known)
 
     def flags(self, active: Sequence[bool]) -> Tensor:
         """Whether each parameter is active, bool on the device."""
@@ -266,32 +290,37 @@ class Lanes:
             self._flags = list(active), upload(torch.tensor(active), self.device)
         return self._flags[1]
 
-    def exchange(self, name: str) -> list[tuple[int, Tensor]]:
+    def exchange(self, name: str) -> tuple[Tensor, list[int]]:
         """Put a lane's parts into the parameters that have been updated.
 
         Returns:
-            Their numbers and copies of their weights, for `put_back`.
+            A copy of their weights, in the layout of a lane, and their numbers, for `put_back`.
         """
-        self.fits_now()
+        self.fits(thoroughly=True)
         which = [i for i, entry in enumerate(self._entries) if entry is not None]
-        before = [(i, self.params[i].detach().clone()) for i in which]
+        before = torch.zeros(self.plan.size, dtype=self.dtype, device=self.device)
+        for i in which:
+            self._part(before, i).copy_(self.clean(i))
         self.write(name, which)
-        return before
+        return before, which
 
-    def put_back(self, weights: Sequence[tuple[int, Tensor]]) -> None:
+    def put_back(self, weights: Tensor, which: Sequence[int]) -> None:
         """The inverse of `exchange`."""
-        for i, weight in weights:
-            self.params[i].detach().copy_(weight)
-        self._tell([self.params[i] for i, _ in weights])
+        self._write(weights, which)
 
     def like_parameter(self, i: int, part: Tensor) -> Tensor:
         """A tensor like a part of a lane as one like parameter i."""
         return part
 
+    def trained(self, i: int) -> Tensor:
+        """Which weights of parameter i are trained, bool in its shape."""
+        return self.like_parameter(i, torch.ones(self.shapes[i], dtype=torch.bool, device=self.device))
+
     def clean_parameter(self, i: int) -> Tensor:
         """The clean weights of parameter i, which is perturbed, as a tensor like it."""
         p = self.params[i]
-        return self.like_parameter(i, self.views("backup")[i]).to(device=p.device, dtype=p.dtype)
+        clean = self.like_parameter(i, apart(self.views("backup")[i]))
+        return clean.to(device=p.device, dtype=p.dtype)
 
     def like_lane(self, i: int, tensor: Tensor) -> Tensor:
         """Of a tensor like parameter i what corresponds to its part of a lane, in the part's shape."""
@@ -299,11 +328,15 @@ class Lanes:
 
     def write(self, name: str, which: Sequence[int]) -> None:
         """Copy a lane's parts into these parameters."""
-        memory, views = self.memory(), self.views(name)
-        if which:
-            with torch.no_grad():
-                torch._foreach_copy_([memory[i].detach() for i in which], [views[i] for i in which])
-            self._tell([self.params[i] for i in which])
+        self._write(self.lanes[name], which)
+
+    def _write(self, flat: Tensor, which: Sequence[int]) -> None:
+        if not which:
+            return
+        memory = self.memory()
+        with torch.no_grad():
+            torch._foreach_copy_([memory[i].detach() for i in which], [self._part(flat, i) for i in which])
+        self._tell([self.params[i] for i in which])
 
     def clean(self, i: int) -> Tensor:
         """Parameter i's clean weights in the shape of its parts: itself, or its backup."""
@@ -335,16 +368,21 @@ class Lanes:
         if name not in self.lanes:
             size = self.plan.size // 32 if name == "mask" else self.plan.size
             self.lanes[name] = torch.zeros(size, dtype=dtype, device=self.device)
+            for i, entry in enumerate(self._entries if name in SHOWN else ()):
+                if entry is not None and name not in entry:
+                    entry[name] = self._published[i][name] = self.shown(name, i)
+                    self._published_at[i].append(self._address(entry[name]))
             self._all_published = None
         return self.lanes[name]
 
     def drop(self, name: str) -> None:
         """Let go of a buffer."""
         if self.lanes.pop(name, None) is not None:
-            self._views.pop(name, None)
-            for entry, published in zip(self._entries, self._published, strict=True):
+            self._known.pop(id(self._views.pop(name, None)), None)
+            for i, (entry, published) in enumerate(zip(self._entries, self._published, strict=True)):
                 if published.pop(name, None) is not None and entry is not None:
                     entry.pop(name, None)
+                    self._published_at[i] = list(map(self._address, published.values()))
             self._all_published = None
 
     def per_parameter(self, name: str, rows: Sequence[Sequence[float | Tensor]]) -> Tensor:
@@ -370,10 +408,12 @@ class Lanes:
     def views(self, name: str) -> list[Tensor]:
         """Each parameter's part of a lane, in its own shape and strides."""
         if name not in self._views:
-            parts = (self.plan.part(self.lanes[name], i) for i in range(len(self)))
-            each = zip(parts, self.shapes, self.strides, strict=True)
-            self._views[name] = [part.as_strided(shape, strides) for part, shape, strides in each]
+            views = self._views[name] = [self._part(self.lanes[name], i) for i in range(len(self))]
+            self._known[id(views)] = np.array(list(map(Tensor.data_ptr, views)), np.int64)
         return self._views[name]
+
+    def _part(self, flat: Tensor, i: int) -> Tensor:
+        return self.plan.part(flat, i).as_strided(self.shapes[i], self.strides[i])
 
     def chosen(self, i: int) -> Tensor:
         """Parameter i's mask, bool in its shape."""
@@ -384,32 +424,59 @@ class Lanes:
 
     def follow(self, state: Mapping[Parameter, dict[str, Any]]) -> None:
         """Take over what a user has put into the parameters' entries of an optimizer's state, or taken out of them."""
-        entries = list(map(state.get, self.params))
-        if self._all_published is not None and all(map(is_, entries, self._entries)):
-            now = list(chain.from_iterable(map(dict.values, filter(None, entries))))
-            if len(now) == len(self._all_published) and all(map(is_, now, self._all_published)):
-                return
         names = len(self._names())
-        for i, (entry, published) in enumerate(zip(entries, self._published, strict=True)):
+        for i, (p, published) in enumerate(zip(self.params, self._published, strict=True)):
+            entry = state.get(p)
             same = entry is not None and entry is self._entries[i] and len(entry) == len(published) == names
-            if not (same and all(map(is_, entry.values(), published.values()))):
+            same = same and all(map(is_, entry.values(), published.values()))
+            if not (same and list(map(self._address, published.values())) == self._published_at[i]):
                 self._adopt(i, entry)
         self._all_published = list(chain.from_iterable(entry.values() for entry in self._entries if entry))
+        own = list(chain.from_iterable(map(dict.values, self._published)))
+        self._own = own, self._addresses(own)
+
+    def is_followed(self) -> bool:
+        """Whether the entries that `follow` saw, and none others, hold what we have put there, and where we have."""
+        if self._all_published is None:
+            return False
+        now = list(chain.from_iterable(map(dict.values, filter(None, self._entries))))
+        same = len(now) == len(self._all_published) and all(map(is_, now, self._all_published))
+        return same and self._addresses(self._own[0]) == self._own[1]
+
+    def _address(self, shown: Tensor) -> int:
+        return shown.data_ptr()
+
+    def _addresses(self, shown: Sequence[Tensor]) -> list[int]:
+        return list(map(Tensor.data_ptr, shown))
+
+    def published_at(self) -> Iterable[int]:
+        """Where the tensors are that we have put into the entries."""
+        return filter(None, chain.from_iterable(self._published_at))
+
+    def separate(self, state: Mapping[Parameter, dict[str, Any]], own: Container[int]) -> None:
+        """Copy what lies at `own` addresses but not in its place: to be taken over, it must not be written before."""
+        for p, published, places in zip(self.params, self._published, self._published_at, strict=True):
+            there = dict(zip(published, places, strict=True))
+            for name, value in (state.get(p) or {}).items():
+                if isinstance(value, Tensor) and (address := self._address(value)) in own:
+                    if value is not published.get(name) or address != there[name]:
+                        state[p][name] = value.clone()
 
     def _names(self) -> list[str]:
         return ["step", *(name for name in SHOWN if name in self.lanes)]
 
     def _adopt(self, i: int, entry: dict[str, Any] | None) -> None:
         before = self._published[i]
+        there = dict(zip(before, self._published_at[i], strict=True))
         for name in self._names():
             value = None if entry is None else entry.get(name)
             if value is None:
                 # Taken out by somebody; or never there, and zeros do not stand for that.
                 if name in before or (entry and not before and SHOWN.get(name) != "zeros"):
                     self.reset(i, name)
-            elif value is not before.get(name):
+            elif value is not before.get(name) or self._address(value) != there[name]:
                 self.set(i, name, value)
-        self._entries[i], self._published[i] = None, {}
+        self._entries[i], self._published[i], self._published_at[i] = None, {}, []
         if entry:
             self._publish(i, entry)
 
@@ -436,9 +503,6 @@ class Lanes:
         target = self.plan.words(self.lanes[name], i) if name == "mask" else self.views(name)[i]
         label = f"state {name!r} of parameter {self.members[i]}"
         check(value.shape == target.shape, label, tuple(value.shape), f"must have shape {tuple(target.shape)}")
-        if name == "index":
-            same = torch.equal(value.to(target), target)
-            check(same, label, "of other weights", "must be of the weights that are trainable")
         target.copy_(value)
         if name == "anchor":
             self._anchored[i] = True
@@ -462,8 +526,8 @@ class Lanes:
         self.begin([True] * len(self), state)
         self.follow(state)
 
-    def check_shape(self, i: int, name: str, value: Tensor) -> None:
-        """Raise an ArgumentError if a value does not fit parameter i's part of a lane."""
+    def check_entry(self, i: int, name: str, value: Tensor) -> None:
+        """Raise an ArgumentError if a value cannot become parameter i's part of a lane."""
         shapes = self._shapes_of(i, name)
         label = f"state {name!r} of parameter {self.members[i]}"
         check(value.shape in shapes, label, tuple(value.shape), f"must have shape {tuple(shapes[0])}")
@@ -477,18 +541,11 @@ class Lanes:
         own = {name: self.steps[i] if name == "step" else self.shown(name, i) for name in self._names()}
         entry.update(own)
         self._entries[i], self._published[i] = entry, own
+        self._published_at[i] = list(map(self._address, own.values()))
 
     def shown(self, name: str, i: int) -> Tensor:
-        """Parameter i's part of a lane as `state` shows it: with a storage of its own extent.
-
-        A view would make `torch.save` write the whole lane, and safetensors refuse tensors that share memory.
-        """
-        part = self.plan.words(self.lanes[name], i) if name == "mask" else self.views(name)[i]
-        start, size = part.storage_offset() * part.element_size(), part.numel() * part.element_size()
-        storage = part.untyped_storage()[start : start + size]
-        with torch.no_grad():
-            out = torch.empty(0, dtype=part.dtype, device=part.device)
-            return out.set_(storage, 0, part.shape, part.stride())
+        """Parameter i's part of a lane as `state` shows it."""
+        return apart(self.plan.words(self.lanes[name], i) if name == "mask" else self.views(name)[i])
 
     def taken(self, i: int, name: str, value: Tensor) -> Tensor:
         """A value that `shown`, or somebody else, has made as the lane has it."""
@@ -496,7 +553,21 @@ class Lanes:
             flat = torch.zeros(self.shapes[i].numel(), dtype=torch.bool, device=value.device)
             flat.as_strided(self.shapes[i], self.strides[i]).copy_(value)
             return pack_mask(flat)
+        if name == "remainder" and value.is_floating_point():
+            # As shards show theirs.
+            return value.view(torch.int16)
         return value
+
+
+def apart(part: Tensor) -> Tensor:
+    """A part of a lane with a storage of its own extent in the same memory.
+
+    A view would make `torch.save` write the whole lane, and safetensors refuse tensors that share memory.
+    """
+    start, size = part.storage_offset() * part.element_size(), part.numel() * part.element_size()
+    storage = part.untyped_storage()[start : start + size]
+    with torch.no_grad():
+        return torch.empty(0, dtype=part.dtype, device=part.device).set_(storage, 0, part.shape, part.stride())
 
 
 class Moved(Exception):
@@ -515,20 +586,33 @@ class Perturbed:
 
     def __init__(self, lanes: Lanes, active: Sequence[bool]) -> None:
         self.lanes, self.active = lanes, list(active)
-        self.overlapping = lanes.overlapping
-        memory = lanes.memory()
-        self._addresses = list(map(Tensor.data_ptr, memory))
+        self.seal()
+
+    def seal(self) -> None:
+        """Take the parameters as they are now for perturbed."""
+        memory = self.lanes.memory()
+        self._addresses, self._strides = self.lanes.where
         # They keep the perturbed weights, to compare with, should `p.data` be replaced.
         self._storages = list(map(Tensor.untyped_storage, memory))
-        self._versions = lanes.versions()
+        self._offsets = list(map(Tensor.storage_offset, memory))
+        self._versions = self.lanes.versions()
 
     def which(self) -> list[int]:
         """The parameters that are perturbed."""
         return [i for i, active in enumerate(self.active) if active]
 
+    def address(self, i: int) -> int:
+        """Where parameter i was perturbed."""
+        return self._addresses[i]
+
     def is_clean(self, i: int) -> bool:
         """Whether somebody has written clean weights into parameter i."""
         return not self.active[i] or self.lanes.versions()[i] != self._versions[i]
+
+    def rewind(self, versions: Sequence[int]) -> None:
+        """Have autograd take the perturbed weights for those of these versions, whose bits they have again."""
+        self.lanes.rewind(versions)
+        self._versions = self.lanes.versions()
 
     def settle(self) -> None:
         """Make the backup of what somebody has written meanwhile."""
@@ -551,29 +635,46 @@ class Perturbed:
         self._versions = versions
 
     def _left(self, i: int, now: Tensor) -> Tensor:
-        start = (self._addresses[i] - self._storages[i].data_ptr()) // now.element_size()
         out = torch.empty(0, dtype=self.lanes.dtype, device=self.lanes.device)
-        return out.set_(self._storages[i], start, now.shape, self.lanes.full_strides[i])
+        return out.set_(self._storages[i], self._offsets[i], now.shape, self._strides[i])
 
     def restore(self) -> None:
         """Put back the clean weights, to the bit."""
         self.settle()
-        if self.overlapping:
-            # The last one's backup has the first one's perturbation.
-            for i in reversed(self.which()):
-                self.lanes.write("backup", [i])
-        else:
-            self.lanes.write("backup", self.which())
+        self.put_back()
+
+    def put_back(self) -> None:
+        """`restore` what is settled."""
+        self.lanes.write("backup", self.which())
         self.lanes.perturbed = None
 
 
-def _overlap(tensors: Sequence[Tensor]) -> bool:
-    """Whether any two share memory."""
-    starts = np.array(list(map(Tensor.data_ptr, tensors)), np.int64)
-    sizes = np.array([tensor.numel() * tensor.element_size() for tensor in tensors], np.int64)
-    order = starts[sizes > 0].argsort()
-    starts, ends = starts[sizes > 0][order], (starts + sizes)[sizes > 0][order]
-    return bool((starts[1:] < ends[:-1]).any())
+def sharing(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """The tensors whose memory an earlier one reaches into, with the first such one: pairs of numbers, ascending."""
+    start = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+    stop = start + np.fromiter(map(_extent, tensors), np.int64, len(tensors))
+    order = np.lexsort((stop, start))
+    order = order[stop[order] > start[order]]
+    reached = np.maximum.accumulate(stop[order])
+    meets = np.zeros(len(order), bool)
+    meets[1:] = start[order[1:]] < reached[:-1]
+    if not meets.any():
+        return []
+    meets[:-1] |= meets[1:]
+    some, out = np.sort(order[meets]), []
+    for i in some:
+        earlier = some[some < i]
+        if len(shared := earlier[(start[earlier] < stop[i]) & (start[i] < stop[earlier])]):
+            out.append((int(i), int(shared[0])))
+    return out
+
+
+def _extent(tensor: Tensor) -> int:
+    """How many bytes lie from a tensor's first element to its last."""
+    if tensor.is_contiguous() or not tensor.numel():
+        return tensor.numel() * tensor.element_size()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def dense_strides(tensor: Tensor) -> tuple[int, ...]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from operator import is_
+from types import MethodType
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .lanes import Lanes, Member, Moved
+from .lanes import Lanes, Member, Moved, sharing
 from .sharded import ShardedLanes, is_sharded, local, shard_dims
 from .sparse import SparseLanes
 
@@ -19,7 +21,8 @@ class Ledger:
     """The lanes of all parameters that an optimizer may write.
 
     Parameters share lanes, and each pass one launch, if they agree in device, type, shards and `structure`: whatever
-    their groups. The ledger is made again, from `state`, when parameters or groups are no longer those it was made of.
+    their groups. One whose memory an earlier one has too is in lanes of its own: passes over it come one after another.
+    The ledger is made again, from `state`, when parameters or groups are no longer those it was made of.
 
     Args:
         structure: of a group's parameter at a position, or (None) of the whole group, which lanes and options of
@@ -34,7 +37,7 @@ class Ledger:
         trained: Callable[[Mapping[str, Any], int], Tensor | None],
         prepare: Callable[[Lanes, list[Mapping[str, Any]]], None],
     ) -> None:
-        self._structure, self._trained, self._prepare = structure, trained, prepare
+        self._structure, self._trained, self._prepare = map(_weakly, (structure, trained, prepare))
         self.forget()
 
     def forget(self) -> None:
@@ -44,6 +47,13 @@ class Ledger:
         self._params: list[Parameter] | None = None
         self._structures: list[Hashable] = []
         self._idle: list[Parameter] = []
+        # The numbers of parameters whose memory an earlier one has too, and how often any had moved when they were found.
+        self._sharing: list[int] = []
+        self._moves = 0
+        # The keys and values of `state` when it was last followed.
+        self._followed: tuple[list, list] = [], []
+        # How often the lanes were made.
+        self.generation = getattr(self, "generation", 0) + 1
 
     def __iter__(self) -> Iterator[Lanes]:
         return iter(self._all)
@@ -60,35 +70,69 @@ class Ledger:
         """The lanes that have a parameter, and its number there."""
         return self._places.get(p)
 
-    def refresh(self, groups: list[dict[str, Any]], state: dict[Parameter, dict[str, Any]]) -> None:
-        """Follow the groups and the state. It asks nothing of a device."""
+    def waits(self, p: Tensor) -> bool:
+        """Whether a parameter would have lanes, were it not frozen at present."""
+        return any(p is idle for idle in self._idle)
+
+    def refresh(
+        self, groups: list[dict[str, Any]], state: dict[Parameter, dict[str, Any]], with_state: bool = True
+    ) -> None:
+        """Follow the groups and (`with_state`) the state. It asks nothing of a device."""
         params = [p for group in groups for p in group["params"]]
         same = self._params is not None and len(params) == len(self._params) and all(map(is_, params, self._params))
         if not (same and self._structures_of(groups) == self._structures and self._fits()):
             self._arrange(groups, state)
+        if with_state and not self._has_followed(state):
+            # A parameter of another shape may be where it was before.
+            if not all(lanes.fits(thoroughly=True) for lanes in self._all):
+                self._arrange(groups, state)
+            self._follow(state)
+
+    def _has_followed(self, state: dict[Parameter, dict[str, Any]]) -> bool:
+        # Not by looking up every parameter, which would hash them all.
+        keys, entries = self._followed
+        same = len(state) == len(keys) and all(map(is_, state, keys)) and all(map(is_, state.values(), entries))
+        return same and all(lanes.is_followed() for lanes in self._all)
+
+    def _follow(self, state: dict[Parameter, dict[str, Any]]) -> None:
+        own = {address for lanes in self._all for address in lanes.published_at()}
+        for lanes in self._all:
+            lanes.separate(state, own)
         for lanes in self._all:
             lanes.follow(state)
+        self._followed = list(state), list(state.values())
 
     def _fits(self) -> bool:
-        # A parameter that was frozen, and has a gradient now.
-        if any(p.grad is not None for p in self._idle):
+        if not all(map(_is_idle, self._idle)):
             return False
-        return all(lanes.fits() for lanes in self._all)
+        if not all(lanes.fits() for lanes in self._all):
+            return False
+        if (moves := sum(lanes.moves for lanes in self._all)) != self._moves:
+            self._moves = moves
+            pairs = (pair for lanes in self._all for pair in zip(lanes.members, lanes.memory(), strict=True))
+            members, memory = zip(*sorted(pairs, key=lambda pair: pair[0].number), strict=True)
+            return [members[i].number for i, _ in sharing(memory)] == self._sharing
+        return True
+
+    @property
+    def shares(self) -> bool:
+        """Whether parameters share memory: a pass over some lanes may write the weights of others."""
+        return bool(self._sharing)
 
     def _structures_of(self, groups: list[dict[str, Any]]) -> list[Hashable]:
         """What of the groups the lanes depend on; that of single parameters does not change."""
-        return [(id(group), self._structure(group, None)) for group in groups]
+        return [(id(group), len(group["params"]), self._structure(group, None)) for group in groups]
 
     def _arrange(self, groups: list[dict[str, Any]], state: dict[Parameter, dict[str, Any]]) -> None:
         before = self._places
         if any(lanes.perturbed is not None for lanes in self._all):
             self.restore()
-        members: dict[Hashable, list[tuple[Member, Tensor | None]]] = {}
+        trained: list[tuple[Member, Tensor | None, Hashable]] = []
         idle, number = [], -1
         for group in groups:
             for position, p in enumerate(group["params"]):
                 number += 1
-                if not p.requires_grad and p.grad is None:
+                if _is_idle(p):
                     idle.append(p)
                     continue
                 indices = self._trained(group, position)
@@ -96,9 +140,18 @@ class Ledger:
                     continue
                 shards = (p.device_mesh, shard_dims(p)) if is_sharded(p) else None
                 key = (p.device, local(p).dtype, shards, indices is not None, self._structure(group, position))
-                members.setdefault(key, []).append((Member(p, group, position, number), indices))
+                trained.append((Member(p, group, position, number), indices, key))
         self.forget()
-        for (_, _, shards, is_sparse, _), own in members.items():
+        pairs = sharing([local(member.p) for member, _, _ in trained])
+        for numbers in pairs:
+            if any(trained[i][1] is not None for i in numbers):
+                one, other = sorted(str(trained[i][0]) for i in numbers)
+                raise RuntimeError(f"parameters {one} and {other} share memory: with trainable each must have its own")
+        alone = {i for i, _ in pairs}
+        members: dict[Hashable, list[tuple[Member, Tensor | None]]] = {}
+        for i, (member, indices, key) in enumerate(trained):
+            members.setdefault((*key, i if i in alone else None), []).append((member, indices))
+        for (_, _, shards, is_sparse, *_), own in members.items():
             parameters = [member for member, _ in own]
             if is_sparse:
                 lanes = SparseLanes(parameters, [indices for _, indices in own])
@@ -111,6 +164,8 @@ class Ledger:
             self._prepare(lanes, [entry for p in lanes.params if (entry := state.get(p))])
             lanes.fits()
         self._idle = idle
+        self._sharing = [trained[i][0].number for i, _ in pairs]
+        self._moves = sum(lanes.moves for lanes in self._all)
         self._params = [p for group in groups for p in group["params"]]
         self._structures = self._structures_of(groups)
 
@@ -124,15 +179,16 @@ class Ledger:
                     lanes.lane("anchor", lanes.dtype)
                     lanes.set(i, "anchor", old.views("anchor")[j], like_parameter=False)
 
-    def collect(self, groups: list[dict], state: dict) -> list[tuple[Lanes, list[Tensor | None]]]:
-        """The lanes in which a parameter has a gradient, with these."""
-        self.refresh(groups, state)
+    def collect(
+        self, groups: list[dict], state: dict, with_state: bool = True
+    ) -> list[tuple[Lanes, list[Tensor | None]]]:
+        """The lanes in which a parameter has a gradient, with these; see `refresh`."""
+        self.refresh(groups, state, with_state)
         try:
             found = [(lanes, lanes.gradients()) for lanes in self._all]
         except Moved:
             self._arrange(groups, state)
-            for lanes in self._all:
-                lanes.follow(state)
+            self._follow(state)
             found = [(lanes, lanes.gradients()) for lanes in self._all]
         return [(lanes, grads) for lanes, grads in found if any(grad is not None for grad in grads)]
 
@@ -146,13 +202,37 @@ class Ledger:
     def clean_weight(self, p: Tensor) -> Tensor | None:
         """The clean weights of a parameter that is perturbed, as a tensor like it; None of any other tensor."""
         lanes, i = self._places.get(p, (None, 0))
-        # What somebody has written meanwhile (by loading weights) is clean as it is.
-        if lanes is None or lanes.perturbed is None or lanes.perturbed.is_clean(i):
+        if lanes is None or lanes.perturbed is None:
             return None
-        return lanes.clean_parameter(i)
+        if local(p).data_ptr() != lanes.perturbed.address(i):
+            lanes.perturbed.settle()
+        # What somebody has written meanwhile (by loading weights) is clean as it is.
+        return None if lanes.perturbed.is_clean(i) else lanes.clean_parameter(i)
 
     def restore(self) -> None:
         """Put back the clean weights, to the bit, where parameters are perturbed."""
-        for lanes in reversed(self._all):
+        perturbed = [lanes.perturbed for lanes in self._all if lanes.perturbed is not None]
+        for own in perturbed:
+            own.settle()
+        # Where parameters share memory, a later one's backup has the perturbation of an earlier one.
+        for own in reversed(perturbed):
+            own.put_back()
+
+    def seal(self) -> None:
+        """Have all lanes know how passes have left their parameters, where one pass has written another one's."""
+        for lanes in self._all if self.shares else ():
             if lanes.perturbed is not None:
-                lanes.perturbed.restore()
+                lanes.perturbed.seal()
+
+
+def _is_idle(p: Parameter) -> bool:
+    """Whether a parameter is frozen, or put away for a while, and has no gradient."""
+    return p.grad is None and not (p.requires_grad and p.numel())
+
+
+def _weakly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A method as a function that does not keep its object alive: an optimizer that is dropped restores the weights."""
+    if not isinstance(function, MethodType):
+        return function
+    method = WeakMethod(function)
+    return lambda *args: method()(*args)

@@ -18,6 +18,7 @@ from ..kernels.reference import unpack_mask
 from .lanes import Lanes, Member
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
 
@@ -32,20 +33,15 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def shard_dims(p: Tensor) -> tuple[int, ...]:
-    """The dimensions of its mesh over which a DTensor is cut into shards."""
-    return tuple(i for i, placement in enumerate(p.placements) if placement.is_shard())
+def shard_dims(p: DTensor) -> tuple[int, ...]:
+    """The dimensions of its mesh over which a DTensor is cut into shards, by whatever placement."""
+    return tuple(i for i, placement in enumerate(p.placements) if not placement.is_replicate())
 
 
 def check_placements(label: str, p: DTensor) -> None:
-    """Refuse what is not whole, or cut by one dimension of the tensor for each of its mesh."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    fits = all(type(placement) in (Shard, Replicate) for placement in p.placements)
-    dims = [placement.dim for placement in p.placements if placement.is_shard()]
-    fits = fits and len(dims) == len(set(dims))
-    allowed = "must be Replicate or Shard, of another dimension of the tensor for each dimension of the mesh"
-    check(fits, f"placements of parameter {label}", p.placements, allowed)
+    """Refuse a parameter of which ranks have summands instead of shards."""
+    is_partial = any(placement.is_partial() for placement in p.placements)
+    check(not is_partial, f"placements of {label}", p.placements, "must be replicated or sharded")
 
 
 class ShardedLanes(Lanes):
@@ -55,6 +51,8 @@ class ShardedLanes(Lanes):
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
+        for member in members:
+            check_placements(f"parameter {member}", member.p)
         super().__init__(members)
         first = self.params[0]
         mesh, dims = first.device_mesh, shard_dims(first)
@@ -70,18 +68,22 @@ class ShardedLanes(Lanes):
         """For each parameter how many of its weights, in the order of memory, the shards before this one have."""
         if len(self.shard_groups) == 1:
             return list(map(_start, self.params))
-        # Random numbers are of the elements' places; cut in two dimensions, shards need only differ.
-        return [self.shard_index * shape.numel() for shape in self.shapes]
+        # Cut over two dimensions of the mesh, shards are given numbers that no other shard has.
+        return [self.shard_index * p.numel() for p in self.params]
 
     def memory(self) -> list[Tensor]:
-        return [local(p) for p in self.params]
+        with torch.no_grad():
+            return [p.to_local() for p in self.params]
 
     def versions(self) -> list[int]:
         # In-place operations count on the DTensor or on its shard, according to which of them they were called on.
-        return [p._version + local(p)._version for p in self.params]
+        return [p._version + shard._version for p, shard in zip(self.params, self.memory(), strict=True)]
+
+    def rewind(self, versions: Sequence[int]) -> None:
+        """Autograd has saved what FSDP2 gathers, which it gathers again."""
 
     def _grads(self) -> list[Tensor | None]:
-        return [None if p.grad is None else local(p.grad) for p in self.params]
+        return [None if (grad := p.grad) is None else self._as_placed(i, grad) for i, p in enumerate(self.params)]
 
     def _tell(self, params: list[Parameter]) -> None:
         super()._tell(params)
@@ -99,8 +101,26 @@ class ShardedLanes(Lanes):
         p = self.params[i]
         return [p.shape, torch.Size([-(-p.numel() // 32)])] if name == "mask" else [p.shape]
 
+    def _address(self, shown: Tensor) -> int:
+        return local(shown).data_ptr()
+
+    def _addresses(self, shown: Sequence[Tensor]) -> list[int]:
+        # To ask that of DTensors takes longer than a step: what replaces one is followed, but not what moves it.
+        return []
+
+    def show(self, state: dict[Parameter, dict[str, Any]]) -> None:
+        super().show(state)
+        if "mask" in self.lanes:
+            # What `state` shows of it are copies.
+            for i, published in enumerate(self._published):
+                local(published["mask"]).copy_(super().chosen(i))
+
     def shown(self, name: str, i: int) -> Tensor:
-        return self.chosen(i) if name == "mask" else self.like_parameter(i, super().shown(name, i))
+        if name == "mask":
+            return self.chosen(i)
+        part = super().shown(name, i)
+        # Collectives, and so checkpoints that gather, know no int16: the same bits as a type that they know.
+        return self.like_parameter(i, part.view(torch.bfloat16) if part.dtype == torch.int16 else part)
 
     def chosen(self, i: int) -> Tensor:
         return self.like_parameter(i, super().chosen(i))
@@ -118,12 +138,19 @@ class ShardedLanes(Lanes):
         p = self.params[i]
         return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
+    def _as_placed(self, i: int, source: Tensor) -> Tensor:
+        """This rank's part of a tensor like parameter i, if that is a DTensor; tensor parallelism leaves partial ones."""
+        p = self.params[i]
+        if is_sharded(source) and source.placements != p.placements:
+            source = source.detach().redistribute(p.device_mesh, p.placements)
+        return local(source)
+
     def _shard_of(self, i: int, source: Tensor) -> Tensor:
         """This rank's part of a tensor like parameter i, which need not be sharded."""
         from torch.distributed.tensor import distribute_tensor
 
         if is_sharded(source):
-            return local(source)
+            return self._as_placed(i, source)
         p = self.params[i]
         source = source.detach().to(p.device)
         return local(distribute_tensor(source, p.device_mesh, p.placements, src_data_rank=None))
@@ -138,7 +165,7 @@ def _start(p: DTensor) -> int:
 
 
 def owners_of(params: Iterable[Parameter]) -> dict[Parameter, Module]:
-    """The FSDP2 module that gathers each parameter: the innermost one that has it.
+    """The FSDP2 module that gathers each of these DTensors: the innermost one that has it.
 
     An optimizer is given parameters, not modules; the garbage collector knows the modules too.
     """
@@ -148,6 +175,16 @@ def owners_of(params: Iterable[Parameter]) -> dict[Parameter, Module]:
     from torch.distributed.fsdp import FSDPModule
 
     modules = [m for m in gc.get_objects() if issubclass(type(m), FSDPModule)]
+    found = _owners_among(modules, params)
+    if len(found) < len(params):
+        # A module that has gathered its parameters has others in their place.
+        for module in modules:
+            module.reshard()
+        found = _owners_among(modules, params)
+    return found
+
+
+def _owners_among(modules: Sequence[Module], params: set[Parameter]) -> dict[Parameter, Module]:
     own = {m: list(m.parameters()) for m in modules}
     outermost_first = sorted(modules, key=lambda m: -len(own[m]))
     return {p: m for m in outermost_first for p in own[m] if p in params}
@@ -155,15 +192,19 @@ def owners_of(params: Iterable[Parameter]) -> dict[Parameter, Module]:
 
 def sum_over_shards(parts: Iterable[tuple[Lanes | None, Tensor]], home: torch.device) -> Tensor:
     """Sum of tensors over lanes and, where their weights are shards of several, over these; the same on all ranks."""
-    sums: dict[Any, Tensor] = {}
-    for lanes, part in parts:
-        groups = lanes.shard_groups if lanes is not None else ()
-        part = part.to(home, non_blocking=True)
+    sums: dict[tuple[ProcessGroup, ...], Tensor] = {(): torch.zeros((), dtype=torch.int64, device=home)}
+
+    def add(groups: tuple[ProcessGroup, ...], part: Tensor) -> None:
         sums[groups] = sums[groups] + part if groups in sums else part.clone()
-    for groups, total in sums.items():
-        for group in groups:
-            dist.all_reduce(total, group=group)
-    return sum(sums.values(), torch.zeros((), dtype=torch.int64, device=home))
+
+    for lanes, part in parts:
+        add(lanes.shard_groups if lanes is not None else (), part.to(home, non_blocking=True))
+    # What is summed over one dimension of a mesh goes along with what is summed over the other alone.
+    while groups := max(sums, key=len):
+        total = sums.pop(groups)
+        dist.all_reduce(total, group=groups[-1])
+        add(groups[:-1], total)
+    return sums[()]
 
 
 def of_all_shards(lanes: Lanes, counts: Tensor) -> Tensor:

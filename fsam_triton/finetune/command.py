@@ -108,7 +108,7 @@ def finetune(arguments, argv=()):
     if arguments.report:
         make_folder("report", arguments.report)
     rank, workers = join_workers(arguments)
-    arguments.total_steps(len(task.train), workers)  # which refuses too many workers
+    steps = arguments.total_steps(len(task.train), workers)
 
     if rank == 0:
         print(task.description, flush=True)
@@ -118,9 +118,9 @@ def finetune(arguments, argv=()):
     if mask and arguments.save_steps:
         output.save_mask(mask)
     try:
-        train_all(arguments, task, output, mask, (rank, workers))
+        train_all(arguments, task, steps, output, mask, (rank, workers))
     except BaseException:
-        if output.runs:
+        if output.runs or output.stopped:
             with contextlib.suppress(OSError):
                 output.finish(mask)
         raise
@@ -139,15 +139,18 @@ def finetune(arguments, argv=()):
     return output.runs
 
 
-def train_all(arguments, task, output, mask, worker):
-    """Make the runs that ``output`` has not, and save their models as soon as they are trained."""
-    steps = arguments.total_steps(len(task.train), worker[1])
+def train_all(arguments, task, steps, output, mask, worker):
+    """Make the runs that ``output`` lacks, and save each model as soon as it is trained."""
     for sam_type in arguments.sam_type[len(output.runs) :]:
         trainer = Trainer(arguments, sam_type, task.path, task.names, task.tokenizer, steps, mask, worker)
         if output.unfinished:
             trainer.load_state_dict(output.unfinished)
             output.unfinished = None
-        trainer.train(task.train, task.validation, output.save_checkpoint)
+        try:
+            trainer.train(task.train, task.validation, output.save_checkpoint)
+        except BaseException:
+            output.stopped = trainer.run if trainer.run.evaluations else None
+            raise
         if worker[0] == 0:
             output.runs.append(trainer.run)
             save_run(arguments, task, output, mask, trainer, run_folder(arguments, sam_type))

@@ -105,7 +105,7 @@ def text_length(max_seq_length, tokenizer, model, pairs):
 
 
 def encode(tokenizer, texts, max_seq_length, names=None):
-    """Return one dict of token ids a text, with its label's number where ``names`` are given."""
+    """Return one dict of token ids per text, with its label's number where ``names`` are given."""
     columns = [list(column) for column in zip(*texts.rows, strict=True)]
     encoded = tokenizer(*columns, truncation=True, max_length=min(max_seq_length, tokenizer.model_max_length))
     features = [{key: encoded[key][i] for key in encoded} for i in range(len(texts))]

@@ -14,9 +14,9 @@ OPTION_OF = {meaning.argument: meaning.option for meaning in MEANINGS} | {
     "learning rate": "learning_rate",
     "beta parameter at index 0": "adam_beta1",
     "beta parameter at index 1": "adam_beta2",
-    "eps value": "adam_epsilon",
-    "weight_decay value": "weight_decay",
-    "l2_sp value": "l2_sp",
+    "eps": "adam_epsilon",
+    "weight_decay": "weight_decay",
+    "l2_sp": "l2_sp",
     "ema_decay": "ema_decay",
 }
 # The same for `Mixup`.

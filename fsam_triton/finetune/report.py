@@ -15,6 +15,7 @@ class Run:
 
     Args:
         name: the optimizer, as the table and the plot call it.
+        total_steps: how many steps it is to have.
         losses: training loss of each step, before the step.
         step_seconds: wall-clock seconds of each step.
         evaluations: (step, accuracy, loss) on the validation texts, in the order they were made.
@@ -23,6 +24,7 @@ class Run:
     """
 
     name: str
+    total_steps: int = 0
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, float, float]] = field(default_factory=list)
@@ -84,7 +86,7 @@ class PeakMemory:
 
 
 def table_rows(runs):
-    """Return the figures of ``runs`` as rows of strings: the headings, then one row a run."""
+    """Return the figures of ``runs`` as rows of strings: the headings, then one row per run."""
     rows = [("optimizer", "accuracy", "loss", "s/step", "peak MiB")]
     for run in runs:
         figures = run.summary()
@@ -106,9 +108,14 @@ def table_note(memory_meaning):
 
 
 def format_table(runs, memory_meaning):
-    """Return the figures of ``runs`` as lines of text, one a run, under a heading."""
+    """Return the figures of ``runs`` as lines of text, one per run, under a heading."""
     lines = [f"{name:<12}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in table_rows(runs)]
-    return "\n".join([*lines, table_note(memory_meaning)])
+    stopped = [
+        f"{run.name}: stopped after step {len(run.losses)} of {run.total_steps}"
+        for run in runs
+        if len(run.losses) < run.total_steps
+    ]
+    return "\n".join([*lines, *stopped, table_note(memory_meaning)])
 
 
 def draw_losses(runs, axes):

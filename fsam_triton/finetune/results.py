@@ -11,7 +11,7 @@ import torch
 
 from .. import FishMask
 from ..files import written_whole
-from .errors import InputError, OutputError, one_line, writing
+from .errors import InputError, writing
 from .report import PeakMemory, Run, format_table, plot_curves
 
 RESULTS = "all_results.json"
@@ -52,6 +52,13 @@ class Output:
         arguments: the options.
         description: the data in words; a checkpoint is of the same.
 
+    Attributes:
+        folder: its path.
+        runs: those that are finished.
+        files: paths of this command's files, relative to the folder.
+        stopped: the run that an error or Ctrl-C has ended, if it was evaluated before.
+        unfinished: state of the `Trainer` of the run to continue.
+
     Raises:
         InputError: the folder cannot be used, or has no checkpoint of these options.
     """
@@ -60,7 +67,7 @@ class Output:
         self.arguments, self.description = arguments, description
         self.folder = make_folder("output_dir", arguments.output_dir)
         self.runs, self.files = [], set()
-        self.unfinished = None
+        self.stopped = self.unfinished = None
         if arguments.resume_from_checkpoint:
             self._load_checkpoint()
         elif not arguments.overwrite_output_dir and not all(e.name.startswith(".") for e in self.folder.iterdir()):
@@ -78,7 +85,8 @@ class Output:
 
     def finish(self, mask):
         """Print the table; write figures, curves and the mask, if there is one; remove the files of an earlier run."""
-        print(format_table(self.runs, PeakMemory(self.arguments.device).meaning))
+        runs = [*self.runs, self.stopped] if self.stopped else self.runs
+        print(format_table(runs, PeakMemory(self.arguments.device).meaning))
         if mask:
             print(f"trained weights: {mask.count:,} of {mask.total:,} ({mask.density:.3%})")
         results, curves, table = (self.folder / name for name in (RESULTS, "training_curves.png", "mask.txt"))
@@ -90,7 +98,7 @@ class Output:
         content = {
             "arguments": dataclasses.asdict(self.arguments),
             "trained_weights": mask and mask.count,
-            "runs": [{**run.summary(), **dataclasses.asdict(run)} for run in self.runs],
+            "runs": [{**run.summary(), **dataclasses.asdict(run)} for run in runs],
             "files": sorted(self.files),
         }
         write_text(results, json.dumps(content, indent=1) + "\n")
@@ -99,7 +107,7 @@ class Output:
             self.save_mask(mask)
         if plots:
             with writing(curves):
-                plot_curves(self.runs, curves)
+                plot_curves(runs, curves)
         else:
             print("no training_curves.png: matplotlib is not installed", file=sys.stderr)
         for name in earlier - self.files:
@@ -109,7 +117,8 @@ class Output:
     def _earlier_files(self):
         """Return the files that the results in the folder name as theirs."""
         try:
-            return set(json.loads((self.folder / RESULTS).read_text(encoding="utf-8"))["files"])
+            files = json.loads((self.folder / RESULTS).read_text(encoding="utf-8"))["files"]
+            return {name for name in files if isinstance(name, str)}
         except (OSError, ValueError, KeyError, TypeError):
             return set()
 
@@ -129,9 +138,12 @@ class Output:
 
     def load_mask(self):
         """Return the mask of the runs that are continued; None where nothing is, or all weights are trained."""
-        if self.arguments.resume_from_checkpoint and not self.arguments.trains_all:
+        if not self.arguments.resume_from_checkpoint or self.arguments.trains_all:
+            return None
+        try:
             return FishMask.load(self.folder / MASK)
-        return None
+        except (OSError, ValueError) as error:
+            raise InputError(f"--resume_from_checkpoint: {self.folder / MASK} is missing or damaged") from error
 
     def save_checkpoint(self, trainer=None):
         """Write what `finish` and the run under way, if there is one, need to be continued."""
@@ -142,11 +154,14 @@ class Output:
             "files": sorted(self.files),
             "trainer": trainer and trainer.state_dict(),
         }
-        try:
-            with writing(path), written_whole(path) as temporary:
-                torch.save(content, temporary)
-        except RuntimeError as error:  # of torch's own writer
-            raise OutputError(f"{path}: {one_line(error)}") from error
+        with writing(path), written_whole(path) as temporary, open(temporary, "wb") as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:
+                # torch's writer hides what the file system has said.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
     def remove_checkpoint(self):
         """Remove it: all runs are finished."""
@@ -156,17 +171,19 @@ class Output:
         path = self.folder / CHECKPOINT
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
+            options, self.unfinished = content["options"], content["trainer"]
+            self.runs, self.files = [Run(**run) for run in content["runs"]], set(content["files"])
         except FileNotFoundError as error:
             raise InputError(f"--resume_from_checkpoint: {path} does not exist") from error
-        except Exception as error:  # whatever torch and pickle raise for a damaged file
-            raise InputError(f"--resume_from_checkpoint: {path}: {one_line(error)}") from error
+        except Exception as error:  # torch and pickle raise all kinds for a damaged file
+            raise InputError(
+                f"--resume_from_checkpoint: {path} is damaged, or no checkpoint of this command"
+            ) from error
         for name, value in self._options().items():
-            if content["options"].get(name) != value:
+            if options.get(name) != value:
                 raise InputError(
-                    f"--resume_from_checkpoint: {name} is {value!r}; in {path} it is {content['options'].get(name)!r}"
+                    f"--resume_from_checkpoint: {name} is {value!r}; in {path} it is {options.get(name)!r}"
                 )
-        self.runs, self.files = [Run(**run) for run in content["runs"]], set(content["files"])
-        self.unfinished = content["trainer"]
 
     def _options(self):
         """Return what a checkpoint and the command that continues it must have in common."""

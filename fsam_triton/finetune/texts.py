@@ -36,8 +36,8 @@ class Texts:
     Args:
         source: where they come from, for messages.
         columns: the one or two columns the texts were read from.
-        rows: one tuple a text, with one string (a text) or two (a sentence pair).
-        labels: one string a text, or None for a set without labels.
+        rows: one tuple per text, with one string (a text) or two (a sentence pair).
+        labels: one string per text, or None for a set without labels.
     """
 
     source: str
@@ -64,7 +64,7 @@ def read_texts(path, text_columns=None, label_column="label", labelled=True):
     """Read a ``.csv``, ``.tsv``, ``.json`` or ``.jsonl`` file (UTF-8; CSV and TSV with a header row).
 
     Args:
-        path: the file; its extension decides the format. JSON is one object a line.
+        path: the file; its extension decides the format. JSON is one object per line.
         text_columns: one column with texts or two with sentence pairs. Default: ``sentence1`` and ``sentence2``, else
             ``sentence``, else ``text``, else the only column that is not the label.
         label_column: the column with the labels: strings, whole numbers or booleans. White space around them does not
@@ -162,9 +162,9 @@ def _read_json_lines(path, text):
         except ValueError as error:
             # The parser's own "line 1 column 2" would be taken for a place in the file.
             reason = str(error).partition(": line ")[0]
-            raise InputError(f"{path}:{number}: not JSON ({reason}); one object a line is expected") from error
+            raise InputError(f"{path}:{number}: not JSON ({reason}); one object per line is expected") from error
         if not isinstance(record, dict):
-            raise InputError(f"{path}:{number}: a JSON {type(record).__name__}; one object a line is expected")
+            raise InputError(f"{path}:{number}: a JSON {type(record).__name__}; one object per line is expected")
         records.append((number, record))
     return records
 
@@ -214,7 +214,7 @@ def _label(path, line, record, column):
     if not whole or not name:
         raise InputError(f"{path}:{line}: '{column}' is {json.dumps(label)}; a string or an integer is expected")
     _whole_characters(path, line, column, name)
-    # Control characters and separators of lines and paragraphs: predictions are one label a line, after a tab.
+    # Control characters and separators of lines and paragraphs: a prediction is a line with a number, a tab, a label.
     if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in name):
         raise InputError(f"{path}:{line}: '{column}' is {json.dumps(name)}; a label is one line without tabs")
     return name

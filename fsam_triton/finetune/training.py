@@ -9,7 +9,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from .. import FSAM, FishMask, MixupDraw, MomentumSAM, SparseMerger, estimate_fisher
+from .. import FSAM, FishMask, MixupDraw, SparseMerger, estimate_fisher
 from ..analysis import mask_density
 from .errors import InputError
 from .models import draw_batches, load_model
@@ -85,10 +85,10 @@ class Trainer:
             arguments.lr_scheduler_type, self.optimizer, math.ceil(total_steps * arguments.warmup_ratio), total_steps
         )
         self.collator = transformers.DataCollatorWithPadding(tokenizer)
-        self.run = Run(SAM_TYPES[sam_type])
+        self.run = Run(SAM_TYPES[sam_type], total_steps)
         self.rank, self.workers = worker
         self.mixup = build_mixup(arguments, total_steps, self.rank)
-        self.resumed = None
+        self.random_state = []
         self.merger = None
         if arguments.local_steps:
             self.merger = SparseMerger(self.model, self.optimizer, lambda: trainable, local_steps=arguments.local_steps)
@@ -102,15 +102,9 @@ class Trainer:
         with torch.autocast(self.arguments.device.type, torch.bfloat16, enabled=self.arguments.bf16):
             return self.model(**batch)
 
-    def set_training(self, training):
-        """Switch dropout on or off, and the weights of an optimizer that keeps them perturbed."""
-        self.model.train(training)
-        if isinstance(self.optimizer, MomentumSAM):
-            self.optimizer.train() if training else self.optimizer.eval()
-
     def final_weights(self):
         """Return a context in which the model has the weights to evaluate and to save: clean ones, or their average."""
-        self.set_training(False)
+        self.model.eval()
         return self.optimizer.ema_weights() if self.optimizer.ema_decay is not None else contextlib.nullcontext()
 
     def logits(self, features):
@@ -153,7 +147,7 @@ class Trainer:
                 logits, part["labels"], reduction="none", label_smoothing=smoothing
             )
 
-        self.set_training(True)
+        self.model.train()
         start = time.perf_counter()
         batches = [self.collate(features[i : i + size]) for i in range(0, len(features), size)]
         if isinstance(self.optimizer, FSAM) and self.optimizer.gamma < 1:
@@ -170,6 +164,18 @@ class Trainer:
         self.run.losses.append(loss)
         return loss
 
+    def epochs(self, count):
+        """Yield for each pass over ``count`` texts what this worker takes of them in its steps, as lists of indices."""
+        generator = torch.Generator().manual_seed(self.arguments.seed)
+        size, left = self.arguments.texts_per_step, self.total_steps
+        while left > 0:
+            order = torch.randperm(count, generator=generator).tolist()
+            steps = [order[i : i + size] for i in range(0, count, size)]
+            # Equally many for each worker.
+            steps = steps[: len(steps) // self.workers * self.workers][self.rank :: self.workers][:left]
+            left -= len(steps)
+            yield steps
+
     def train(self, train, validation, checkpoint=None):
         """Train on ``train``; evaluate on ``validation`` after each pass over it and at the end.
 
@@ -178,36 +184,32 @@ class Trainer:
             validation: the same.
             checkpoint: called with this trainer after every ``--save_steps`` steps.
         """
-        arguments, size, steps = self.arguments, self.arguments.texts_per_step, self.total_steps
-        generator = torch.Generator().manual_seed(arguments.seed)
-        transformers.set_seed(arguments.seed + self.rank)
-        if self.resumed:
-            self._set_random_state(self.resumed["random"])
-        done = len(self.run.losses)
-        progress = tqdm(total=steps, initial=done, desc=self.run.name, unit="step", disable=self.rank > 0)
-        with PeakMemory(arguments.device) as peak, progress as bar:
-            bar.set_postfix_str("first step: compiling")
-            number = 0
-            while number < steps:
-                order = torch.randperm(len(train), generator=generator).tolist()
-                starts = range(0, len(order), size)
-                # Equally many for each worker.
-                starts = starts[: len(starts) // self.workers * self.workers]
-                for i in starts[self.rank :: self.workers][: steps - number]:
-                    number += 1
-                    if number > done:
-                        loss = self.step([train[j] for j in order[i : i + size]])
-                        if arguments.save_steps and number % arguments.save_steps == 0:
-                            checkpoint(self)
-                        bar.set_postfix_str(f"loss={loss:.3f}", refresh=False)
-                        bar.update()
-                if self.merger:
-                    self.merger.finish()
-                if self.rank == 0 and number not in [step for step, *_ in self.run.evaluations]:
-                    bar.set_postfix_str("evaluating")
-                    self.evaluate(validation)
-                    bar.set_postfix_str(f"accuracy={self.run.evaluations[-1][1]:.3f}")
-        self.run.peak_memory_bytes = max(self.run.peak_memory_bytes, peak.bytes)
+        transformers.set_seed(self.arguments.seed + self.rank)
+        if self.random_state:
+            self._set_random_state()
+        # The epochs of a resumed run begin at its first step, too.
+        done, number = len(self.run.losses), 0
+        bar = tqdm(total=self.total_steps, initial=done, desc=self.run.name, unit="step", disable=self.rank > 0)
+        try:
+            with PeakMemory(self.arguments.device) as peak, bar:
+                bar.set_postfix_str("first step: compiling")
+                for epoch in self.epochs(len(train)):
+                    for indices in epoch:
+                        number += 1
+                        if number > done:
+                            loss = self.step([train[i] for i in indices])
+                            if self.arguments.save_steps and number % self.arguments.save_steps == 0:
+                                checkpoint(self)
+                            bar.set_postfix_str(f"loss={loss:.3f}", refresh=False)
+                            bar.update()
+                    if self.merger:
+                        self.merger.finish()
+                    if self.rank == 0 and number not in [step for step, *_ in self.run.evaluations]:
+                        bar.set_postfix_str("evaluating")
+                        self.evaluate(validation)
+                        bar.set_postfix_str(f"accuracy={self.run.evaluations[-1][1]:.3f}")
+        finally:
+            self.run.peak_memory_bytes = max(self.run.peak_memory_bytes, peak.bytes)
         if isinstance(self.optimizer, FSAM) and self.optimizer.mask:
             self.run.mask_density = mask_density(self.optimizer, self.model)
 
@@ -230,9 +232,9 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.run = Run(**state["run"])
-        self.resumed = state
+        self.random_state = state["random"]
 
-    def _set_random_state(self, random):
-        torch.set_rng_state(random[0])
-        if self.arguments.device.type == "cuda" and len(random) > 1:
-            torch.cuda.set_rng_state(random[1], self.arguments.device)
+    def _set_random_state(self):
+        torch.set_rng_state(self.random_state[0])
+        if self.arguments.device.type == "cuda" and len(self.random_state) > 1:
+            torch.cuda.set_rng_state(self.random_state[1], self.arguments.device)

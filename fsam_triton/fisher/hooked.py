@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..errors import ArgumentError
 from .gradients import Part, SharedLookup
 from .objective import Batch, Objective, epsilon, tensors
 from .rules import RULES
@@ -58,6 +59,8 @@ class HookedPasses(TorchFunctionMode):
             try:
                 # Three samples are enough to tell samples from positions by the first and the last, and cost little.
                 self.run(model, batch[:3])
+            except ArgumentError:
+                raise
             except Exception:
                 # A constant in a parameter's place is too much for some functions, as for checkpointed ones, which find
                 # the parameter itself when they run again. If it is the model's own fault, the slow way will show it.
@@ -98,7 +101,7 @@ class HookedPasses(TorchFunctionMode):
 
     @torch.no_grad()
     def independent(self, model: nn.Module, first: Batch, losses: Tensor) -> bool:
-        """Whether the first sample's losses are the same without the others, but for rounding.
+        """Whether the first sample's losses are the same without the others, except for rounding.
 
         Gradients show only what samples see of each other after the first parameter with a rule.
         """

@@ -70,9 +70,10 @@ class Objective:
             check(losses.shape == (batch.size,), "loss_fn", losses.shape, f"losses [{batch.size}] are expected")
             return losses[:, None]
         shape = tuple(logits.shape)
-        check(
-            len(shape) == 2 and shape[0] == batch.size, "model", shape, f"logits [{batch.size}, classes] are expected"
-        )
+        allowed = f"logits [{batch.size}, classes] are expected"
+        if self.kind == "label":
+            allowed += "; for others give a loss_fn, for causal language models causal_lm_loss"
+        check(len(shape) == 2 and shape[0] == batch.size, "model", shape, allowed)
         if self.kind == "label":
             return F.cross_entropy(logits, batch.labels, reduction="none")[:, None]
         log_p = logits.log_softmax(-1)

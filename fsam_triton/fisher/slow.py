@@ -44,12 +44,12 @@ class SlowPasses:
             self.fisher[name] += total
 
     def agree(self, names: list[str], sample: Batch) -> bool:
-        """Whether vmap gives what autograd gives, but for rounding."""
+        """Whether vmap gives what autograd gives, except for rounding."""
         totals, exact = self.by_vmap(names, sample), self.by_loop(names, sample)
         if totals is None:
             return False
         eps = epsilon([self.params[name] for name in names])
-        # Some gradients, as those of attention's key biases, are zero but for rounding errors.
+        # Some gradients, as those of attention's key biases, are zero except for rounding errors.
         noise = (100 * eps) ** (1 if self.objective.absolute else 2) * max(float(x.norm()) for x in exact.values())
         return all(
             float((totals[name] - exact[name]).norm()) <= math.sqrt(eps) * float(exact[name].norm()) + noise

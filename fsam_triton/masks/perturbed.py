@@ -18,7 +18,11 @@ _UNITS = ("element", "tensor", "row", 32, 128)
 
 @dataclasses.dataclass(frozen=True)
 class FisherMask:
-    """Perturb only the weights with the largest diagonal empirical Fisher information (Fisher-SAM, arXiv 2210.05497).
+    """Which weights a sharpness-aware step perturbs: those with the largest Fisher information (arXiv 2210.05497).
+
+    All weights are trained, whatever the mask. (The other mask, `FishMask`, says which weights are trained, and an
+    optimizer takes it as ``trainable``.) It is an immutable set of options: an optimizer keeps what it has chosen, and
+    shows it by `FSAM.mask_of` and `FSAM.mask_density`.
 
     The mask is chosen over all selectable tensors together: exactly ``int(keep_ratio * n)`` of their n weights, those
     with the largest mean square of the ascent gradient, of equal ones the first. Units of many weights are taken in the
@@ -26,9 +30,11 @@ class FisherMask:
 
     Args:
         keep_ratio: fraction of the selectable weights to perturb, in (0, 1].
-        interval: choose anew every so many perturbations, beginning with the first; >= 1 (default: 1).
+        interval: choose again every so many perturbations, beginning with the first; >= 1 (default: 1).
         exclude: tensors not to choose from, by parts of their names (case is ignored). Default: tensors of at most one
-            dimension (biases, norm layers), and embeddings if the optimizer was given names.
+            dimension (biases, norm layers) and, if the optimizer was given names, embeddings. With names of your own a
+            bias in front of BatchNorm, whose gradient is zero except for rounding errors, is chosen from too; it comes
+            before exact zeros only.
         excluded: perturb those tensors ``"always"``, as the reference implementation does, or ``"never"`` (default:
             ``"always"``).
         samples: average the squares over the last so many perturbations, from 1 to interval (the first mask knows only
@@ -63,6 +69,9 @@ class FisherMask:
             1 <= self.samples <= self.interval, "samples", self.samples, f"must be from 1 to interval={self.interval}"
         )
         check(not isinstance(self.exclude, str), "exclude", self.exclude, "must be a sequence of strings")
+        if self.exclude is not None:
+            # A list could be changed, and could not be hashed.
+            object.__setattr__(self, "exclude", tuple(self.exclude))
         # The type too, because 32.0 equals 32.
         fits = type(self.unit) in (str, int) and self.unit in _UNITS
         check(fits, "unit", self.unit, 'must be "element", "tensor", "row", 32 or 128')

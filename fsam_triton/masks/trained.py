@@ -23,7 +23,10 @@ _PIECE = 1 << 15
 
 
 class FishMask:
-    """The weights that are trained while all others stay as they are (FISH Mask, arXiv 2111.09839).
+    """Which weights are trained while all others stay as they are (FISH Mask, arXiv 2111.09839).
+
+    An optimizer takes it as ``trainable``. (The other mask, `FisherMask`, says which weights SAM perturbs, and all are
+    trained.)
 
     Made by one of `from_scores`, `random`, `bias_only`, `magnitude`, `deviation` and `load`, or from indices. A mask
     never changes. It lives on the CPU, wherever the model is. `|`, `&` and `-` make masks of masks over the same

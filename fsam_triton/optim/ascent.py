@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import ops
-from ..buffers.lanes import Lanes, Perturbed
+from ..buffers.lanes import Lanes, Perturbed, name_of
 from ..buffers.ledger import Ledger
 from ..buffers.sharded import is_sharded, sum_over_shards
 from ..errors import check
 from ..kernels.reference import compute_dtype
+from ..kernels.segments import Segments
 from ..masks.perturbed import FisherMask
 from ..masks.selection import choose, tensors_chosen, weights_chosen
 from . import coefficients
@@ -28,7 +29,7 @@ Found = list[tuple[Lanes, list[Tensor | None]]]
 
 def move(
     lanes: Lanes,
-    directions: Sequence[Tensor | None],
+    segments: Segments,
     coef: Tensor,
     key: Tensor,
     *,
@@ -39,11 +40,9 @@ def move(
 ) -> None:
     """Perturb the parameters that have a direction; see `kernels.reference.perturb_`."""
     backup = lanes.lane("backup", lanes.dtype)
-    active = [direction is not None for direction in directions]
-    for segments in lanes.rounds(directions):
-        ops.perturb_(segments, backup, mask, coef, key, adaptive, stochastic, random)
-    lanes.written(active)
-    lanes.perturbed = Perturbed(lanes, active)
+    ops.perturb_(segments, backup, mask, coef, key, adaptive, stochastic, random)
+    lanes.written(segments.active)
+    lanes.perturbed = Perturbed(lanes, segments.active)
 
 
 class Ascent:
@@ -104,8 +103,7 @@ class Ascent:
         """
         shapes = []
         for group in groups:
-            names = group.get("param_names", [None] * len(group["params"]))
-            pairs = zip(names, group["params"], strict=True)
+            pairs = [(name_of(group, i), p) for i, p in enumerate(group["params"])]
             shapes += [p.shape for name, p in pairs if p.requires_grad and self.mask.selects_from(name, p)]
         return self.mask.count(shapes)
 
@@ -151,7 +149,9 @@ class Ascent:
         parts = []
         for lanes, grads in found:
             own = set(self._selects_from(lanes))
-            parts.append((lanes, lanes.norm_sq([grad if i in own else None for i, grad in enumerate(grads)])))
+            selected = [grad if i in own else None for i, grad in enumerate(grads)]
+            # Nothing of the weights is read.
+            parts.append((lanes, ops.norm_sq(Segments(lanes.plan, grads, selected), False, None)))
         return ~torch.isfinite(sum_over_shards(parts, found[0][0].device))
 
     def _add_up(self, found: Found) -> None:
@@ -193,7 +193,8 @@ class Ascent:
         """What the mask is chosen by, in the layout of the lanes."""
         if self.adds_up:
             return lanes.lane("fisher", compute_dtype(lanes.dtype))
-        flat = torch.zeros(lanes.plan.size, dtype=lanes.dtype, device=lanes.device)
+        # Nothing is in it before the perturbation, and it takes no memory that is not needed anyway.
+        flat = lanes.lane("backup", lanes.dtype).zero_()
         own = [i for i in selectable if grads and grads[i] is not None]
         if own:
             parts = [lanes.plan.part(flat, i).as_strided(lanes.shapes[i], lanes.strides[i]) for i in own]
@@ -264,24 +265,22 @@ class Ascent:
             self._refresh(ledger, found, groups, ascents)
             for group in groups:
                 group["ascents"] += 1
-        directions = [
-            (lanes, [None if p in undrawn else grad for p, grad in zip(lanes.params, grads, strict=True)])
-            for lanes, grads in found
-        ]
+        work = []
+        for lanes, grads in found:
+            if undrawn:
+                grads = [None if p in undrawn else grad for p, grad in zip(lanes.params, grads, strict=True)]
+            if any(grad is not None for grad in grads):
+                work.append((lanes, lanes.segments(grads, half="ascent")))
         norm_sq = sum_over_shards(
-            (
-                (lanes, lanes.norm_sq(own, self._is_adaptive(lanes), self.words(lanes) if self.mask_norm == "masked" else None))
-                for lanes, own in directions
-            ),
-            ledger.home,
+            ((lanes, self._norm_sq(lanes, segments)) for lanes, segments in work), ledger.home
         ).double()
         purpose = _ASCENT + ascents * _NEXT_ASCENT
-        for lanes, own in directions:
-            if not any(direction is not None for direction in own):
-                continue
+        for lanes, segments in work:
+            if ledger.shares:
+                lanes.stage()
             move(
                 lanes,
-                own,
+                segments,
                 self._coefficients(lanes, norm_sq, rho),
                 self._keys(lanes, purpose),
                 mask=self.words(lanes),
@@ -289,6 +288,11 @@ class Ascent:
                 stochastic=self.stochastic_rounding,
                 random=self.draws_elements,
             )
+        ledger.seal()
+
+    def _norm_sq(self, lanes: Lanes, segments: Segments) -> Tensor:
+        mask = self.words(lanes) if self.mask_norm == "masked" else None
+        return ops.norm_sq(segments, self._is_adaptive(lanes), mask)
 
     @staticmethod
     def _is_adaptive(lanes: Lanes) -> bool:
@@ -314,8 +318,7 @@ class Ascent:
 
     def mask_of(self, lanes: Lanes, i: int) -> Tensor:
         """What the mask lets a perturbation move of a parameter, bool in its shape."""
-        words = self.words(lanes)
-        return torch.ones(lanes.shapes[i], dtype=torch.bool, device=lanes.device) if words is None else lanes.chosen(i)
+        return lanes.trained(i) if self.words(lanes) is None else lanes.chosen(i)
 
     def density(self, ledger: Ledger) -> dict[Parameter, float]:
         """The fraction of each parameter's weights that the mask lets a perturbation move."""

@@ -50,17 +50,32 @@ def checked_state(
     out = {}
     for number, p in zip(numbers, params, strict=True):
         entry = state_dict["state"].get(number)
-        if entry is None or (place := ledger.place(p)) is None:
+        if entry is None:
+            continue
+        if (place := ledger.place(p)) is None:
+            if ledger.waits(p):
+                out[p] = {name: _copied(value, p) for name, value in entry.items()}
             continue
         lanes, i = place
         label = f"state of parameter {lanes.members[i]}"
-        _check_names(label, entry, rule.required(lanes.groups[0]))
+        required = rule.required(lanes.groups[0])
+        _check_names(label, entry, required)
         for name, value in entry.items():
+            # torch.optim.SGD has written None where there is no momentum.
+            if value is None and name not in required:
+                continue
             _check_value(f"{label}, {name!r}", name, value)
             if name != "step":
-                lanes.check_shape(i, name, value)
-        out[p] = {"step": 1.0 if entry else 0.0, **entry}
+                lanes.check_entry(i, name, value)
+        # A state of some weights is one of all weights where these are all that there are.
+        out[p] = {"step": 1.0 if entry else 0.0, **{name: value for name, value in entry.items() if value is not None}}
+        if "index" not in lanes.lanes:
+            out[p].pop("index", None)
     return out
+
+
+def _copied(value: Any, p: Parameter) -> Any:
+    return value.detach().to(p.device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _check_names(label: str, entry: Any, required: tuple[str, ...]) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn import Parameter
-
-from ..buffers.sharded import local
 
 if TYPE_CHECKING:
     from ..buffers.ledger import Ledger
@@ -24,38 +22,58 @@ class CleanView:
     whole has nothing of it. One that is copied or pickled in between is refused: the copy would be perturbed for ever.
 
     An optimizer is given parameters, not modules. The garbage collector knows the modules too, unless they were hidden
-    from it (gc.freeze) before the optimizer was made.
+    from it (gc.freeze); and a module that is called can be told.
     """
 
     def __init__(self) -> None:
         self._owners: dict[int, weakref.ref[nn.Module]] = {}
-        self._known: set[Parameter] = set()
+        self._learned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._handles: list[Any] = []
+        # Of the ledger whose parameters have been looked for.
+        self._generation = 0
+        self._finalizer: weakref.finalize | None = None
 
     def find(self, params: Iterable[Parameter]) -> None:
-        """Look for the modules that own parameters which no known module owns."""
-        params = {p for p in params if p not in self._known}
-        if not params:
-            return
+        """Look for the modules that own these parameters."""
+        params = set(params)
         for module in gc.get_objects():
             # isinstance would ask the object, which may be a proxy.
-            if issubclass(type(module), nn.Module):
-                self.add(module, params)
-        self._known.update(params)
+            if issubclass(type(module), nn.Module) and not params.isdisjoint(_own(module)):
+                self._owners[id(module)] = weakref.ref(module)
 
-    def add(self, module: nn.Module, params: set[Parameter]) -> None:
-        """Note a module if it owns one of the parameters."""
-        owned = module.__dict__.get("_parameters", {}).values()
-        if not params.isdisjoint(p for p in owned if p is not None):
-            self._owners[id(module)] = weakref.ref(module)
+    def learn(self, module: nn.Module) -> None:
+        """Know a module and what is in it."""
+        if module not in self._learned:
+            self._owners |= {id(part): weakref.ref(part) for part in module.modules() if _own(part)}
+            self._learned.add(module)
 
     def open(self, ledger: Ledger) -> None:
         """Show clean weights from now on."""
-        self.find(p for lanes in ledger for p in lanes.params)
+        if ledger.generation != self._generation:
+            params = {p for lanes in ledger for p in lanes.params}
+            self.find(params)
+            self._learned.clear()
+            self._generation = ledger.generation
+            if gc.get_freeze_count():
+                self._warn_of_hidden_modules(params)
+        if self._finalizer is None:
+            # Garbage in a reference cycle could not take its hooks away by itself.
+            self._finalizer = weakref.finalize(ledger, self.close)
         hook = _ShowClean(ledger)
-        self._handles = [
-            module.register_state_dict_post_hook(hook) for ref in self._owners.values() if (module := ref()) is not None
-        ]
+        # Not by the module's own method, which a scripted module does not have.
+        self._handles = [nn.Module.register_state_dict_post_hook(module, hook) for module in self._modules()]
+
+    def _modules(self) -> list[nn.Module]:
+        return [module for ref in self._owners.values() if (module := ref()) is not None]
+
+    def _warn_of_hidden_modules(self, params: set[Parameter]) -> None:
+        if not params.issubset(p for module in self._modules() for p in _own(module)):
+            warnings.warn(
+                "gc.freeze() has hidden the modules of some parameters: their state_dict() between perturb() and "
+                "step() shows perturbed weights; make the optimizer before it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def close(self) -> None:
         """Show parameters as they are."""
@@ -81,7 +99,7 @@ class _ShowClean:
             if shown is not None and shown is not p and (clean := ledger.clean_weight(p)) is not None:
                 # A tied parameter shares one storage in the state dict too, so that it is saved once.
                 before = self._shown.get(id(p))
-                if before is None or (local(before).data_ptr() != local(clean).data_ptr() and clean.shape != p.shape):
+                if before is None or (before.dtype, before.device) != (clean.dtype, clean.device):
                     self._shown[id(p)] = before = clean
                 state_dict[prefix + name] = before
 
@@ -91,11 +109,6 @@ class _ShowClean:
         )
 
 
-def warn_of_hidden_modules() -> None:
-    """Say that modules may exist that nobody can find."""
-    if gc.get_freeze_count():
-        warnings.warn(
-            "gc.freeze() has hidden modules: state_dict() between perturb() and step() may show perturbed weights",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+def _own(module: nn.Module) -> list[Parameter]:
+    """The parameters that a module has itself."""
+    return [p for p in module.__dict__.get("_parameters", {}).values() if p is not None]

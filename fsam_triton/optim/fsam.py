@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..buffers.lanes import Lanes
+from .. import ops
+from ..buffers.lanes import Lanes, Member
 from ..buffers.sharded import local
 from ..errors import check
 from ..masks.perturbed import FisherMask
 from ..masks.trained import FishMask
-from . import coefficients, recipes, rho as radii
+from . import coefficients, recipes
+from . import rho as radii
 from .ascent import Ascent
 from .clean import CleanView
-from .optimizer import Direction, Found, FusedOptimizer
+from .optimizer import Direction, Found, FusedOptimizer, Half
 from .schedule import Schedule
 from .two_pass import TwoPass
 
@@ -193,11 +195,20 @@ class FSAM(TwoPass, FusedOptimizer):
     def _combines(self) -> bool:
         return self.alpha > 0 or self.schedule.reuse > 0
 
+    def _check_idle(self) -> None:
+        self._refuse_inside_ema("a step")
+
     def _descend_all(self) -> None:
         try:
             self._update()
         finally:
             self._first.clear()
+
+    def restore(self) -> None:
+        """Put back the clean weights, to the bit, if the parameters are perturbed."""
+        super().restore()
+        # The next step is a plain one.
+        self._first.clear()
 
     def _keep_first_gradients(self, found: Found) -> None:
         self._first.clear()
@@ -207,26 +218,36 @@ class FSAM(TwoPass, FusedOptimizer):
                     (p, _kept(grad, p)) for p, grad in zip(lanes.params, grads, strict=True) if grad is not None
                 )
 
-    def _second_gradients(self, lanes: Lanes, grads: list[Tensor | None]) -> list[Tensor | None]:
-        if not self._first:
+    def _second_gradients(self, lanes: Lanes, grads: list[Tensor | None]) -> Sequence[Tensor | None] | None:
+        if self._first:
+            pairs = zip(lanes.members, grads, strict=True)
+            return [None if grad is None else self._first_of(member, grad) for member, grad in pairs]
+        if self.schedule.reuse > 0 and any("orthogonal" in own.lanes for own in self.ledger):
+            lanes.lane("orthogonal", lanes.dtype)
             return lanes.views("orthogonal")
-        pairs = zip(lanes.params, grads, strict=True)
-        return [None if grad is None else self._first_of(p, grad) for p, grad in pairs]
+        return None
 
-    def _first_of(self, p: Parameter, grad: Tensor) -> Tensor:
-        first = self._first.get(p)
-        return torch.zeros_like(grad) if first is None else first
+    def _first_of(self, member: Member, grad: Tensor) -> Tensor:
+        first = self._first.get(member.p)
+        if first is None:
+            return torch.zeros_like(grad)
+        if first.data_ptr() == grad.data_ptr() and grad.numel():
+            raise RuntimeError(
+                f"the second gradient of parameter {member} lies where the first one was, which is needed with it: "
+                "give each pass a gradient of its own (p.grad is None after perturb())"
+            )
+        here = grad.shape, grad.stride(), grad.dtype, grad.device
+        if (first.shape, first.stride(), first.dtype, first.device) == here:
+            return first
+        # The parameter was moved between the passes.
+        return torch.empty_like(grad).copy_(first)
 
-    def _direction(self, found: Found) -> Direction:
+    def _direction(self, work: list[Half]) -> Direction:
         """SAM's direction is the gradient; GSAM and LookSAM combine it with one of before."""
-        stored = self.schedule.reuse > 0 and any("orthogonal" in lanes.lanes for lanes, _ in found)
-        if not found or not (self._first or stored):
-            return super()._direction(found)
-        for lanes, _ in found:
-            if not self._first:
-                lanes.lane("orthogonal", lanes.dtype)
+        if not any(half.segments.tensors["other"] is not None for half in work):
+            return super()._direction(work)
         # Over the parameters that are updated: what the others' gradients were at w has no part in this step.
-        dots = self._sum((lanes, lanes.gap(grads, self._second_gradients(lanes, grads))) for lanes, grads in found)
+        dots = self._sum(work, ops.gap)
         if self.alpha > 0:
             own, other, norm_sq = coefficients.decomposition(dots, self.alpha, self._ascent_ratio())
             return self._scaled(Direction(own, other), norm_sq)
@@ -271,5 +292,5 @@ class FSAM(TwoPass, FusedOptimizer):
 def _kept(grad: Tensor, p: Parameter) -> Tensor:
     """A gradient to be kept: itself, unless its memory is a part of what somebody else writes again (DDP's buckets)."""
     is_part = p.grad is not None and grad is local(p.grad)
-    is_part = is_part and grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
+    is_part = is_part and (grad._is_view() or grad.untyped_storage().nbytes() > grad.nbytes)
     return grad.clone(memory_format=torch.preserve_format) if is_part else grad

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..buffers.lanes import Lanes
 from ..buffers.sharded import sum_over_shards
 from ..errors import check
-from . import coefficients, rho as radii
+from . import coefficients
+from . import rho as radii
 from .ascent import move
 from .clean import CleanView
 from .forward import ForwardWatch
 from .optimizer import FusedOptimizer
 from .schedule import Schedule
+from .uncompiled import uncompiled
 
 _PERTURBATION = 0x6A09E667
 # After so many steps without a perturbation nobody can be calling the model as a module.
@@ -27,14 +30,17 @@ _FORGOTTEN = 5
 class MomentumSAM(FusedOptimizer):
     r"""Momentum-SAM over AdamW with L2-SP, or another rule with momentum (arXiv 2401.12033), fused.
 
-    The gradient is taken at ``w - rho * m / (norm(m) + 1e-12)``, where m is the rule's first moment and the norm is over
-    all parameters: a step has one backward pass.
+    The gradient is taken at ``w - rho * m / (norm(m) + 1e-12)``, where m is the rule's first moment and the norm is
+    over all parameters: a step has one backward pass.
 
     The parameters are perturbed when a forward pass in training mode begins, and clean again after `step`. Between two
     steps, and when training ends, they hold the clean weights, so everything that reads or writes them then acts on
     these. A forward pass in eval mode, or without gradients, sees clean weights at any time, and so does
-    ``state_dict()`` of the model. The forward pass is noticed because a module is called; a model that is not made of
-    modules, or is called inside a compiled function, wants `perturb` before it.
+    ``state_dict()`` of the model. Where no `step` follows a forward pass in training mode (of a GAN's discriminator in
+    the generator's step, unless it is frozen meanwhile), `restore` or `eval` puts the clean weights back.
+
+    The forward pass is noticed because a module is called, compiled or not. A model that is not made of modules, or is
+    called inside a function compiled with ``fullgraph=True``, needs `perturb` before it.
 
     Args:
         params: as FusedOptimizer.
@@ -74,21 +80,33 @@ class MomentumSAM(FusedOptimizer):
         **options: Any,
     ) -> None:
         self._training = True
+        self._watch = ForwardWatch(self, MomentumSAM._before_forward)
         super().__init__(params, rule, lr, _of_group=radii.group_defaults(rho, schedule), **options)
         self._begin()
 
     def _begin(self) -> None:
-        self._unperturbed_steps = 0
+        self._unperturbed_steps, self._was_perturbed = 0, False
         self.clean_view = CleanView()
         self.clean_view.find(p for group in self.param_groups for p in group["params"])
-        self._watch = ForwardWatch(self, MomentumSAM._owns, MomentumSAM._before_forward)
+        self._expect()
         if self._training:
             self._watch.start()
+
+    def _expect(self) -> None:
+        self._watch.expect(self.param_groups)
+        self._expected = self.ledger.generation
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`."""
         super().add_param_group(param_group)
         radii.join(self.param_groups[-1], self.param_groups[0])
+        self._expect()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, as `FusedOptimizer.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        # The parameters may have been replaced since the optimizer was made, and have a momentum now.
+        self._expect()
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
@@ -102,7 +120,7 @@ class MomentumSAM(FusedOptimizer):
         """When steps are sharpness-aware; from the parameter groups, where a loaded state dict can have changed it."""
         return radii.schedule_of(self.param_groups)
 
-    @torch._disable_dynamo
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the clean weights with the gradients taken at the perturbed ones.
@@ -120,30 +138,33 @@ class MomentumSAM(FusedOptimizer):
             raise RuntimeError("step() in eval mode: call optimizer.train() before the forward pass")
         # Not by way of the inherited step, around which torch.optim would call the hooks of a step once more.
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._warn_if_forgotten()
         try:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._warn_if_forgotten()
             self._update()
         except BaseException:
             self.restore()
             raise
-        finally:
-            self.clean_view.close()
+        self.clean_view.close()
+        self._watch.start()
+        if self.ledger.generation != self._expected:
+            self._expect()
         radii.count(self.param_groups)
         return loss
 
     def _warn_if_forgotten(self) -> None:
-        if self.perturbed or not self._wants_perturbation() or not any(map(self._directions, self.ledger)):
-            self._unperturbed_steps = 0
+        if self._was_perturbed or not self._wants_perturbation() or not any(map(self._directions, self.ledger)):
+            self._unperturbed_steps, self._was_perturbed = 0, False
             return
         self._unperturbed_steps += 1
         if self._unperturbed_steps == _FORGOTTEN:
             warnings.warn(
                 f"MomentumSAM has taken {_FORGOTTEN} steps at clean weights: it perturbs when a module with its "
                 "parameters is called in training mode; call perturb() before the forward pass",
-                stacklevel=4,
+                # The line that calls step(), around which decorators put four frames.
+                stacklevel=7,
             )
 
     def _wants_perturbation(self) -> bool:
@@ -153,50 +174,85 @@ class MomentumSAM(FusedOptimizer):
     # -- the perturbation ----------------------------------------------------------------------------------------------
 
     def _directions(self, lanes: Lanes) -> list[Tensor | None]:
-        """The momentum of each parameter that has one; an empty list if none has."""
+        """The momentum of each parameter that is trained and has one; an empty list if none is."""
         name = self.rule.lanes(lanes.groups[0])[0]
         if name not in lanes.lanes:
             return []
         views = lanes.views(name)
-        out = [views[i] if self.state.get(p) else None for i, p in enumerate(lanes.params)]
+        out = [views[i] if p.requires_grad and self.state.get(p) else None for i, p in enumerate(lanes.params)]
         return out if any(view is not None for view in out) else []
 
-    @torch._disable_dynamo
-    @torch.no_grad()
+    @uncompiled
     def perturb(self) -> None:
-        """Perturb the parameters for the forward pass that follows; does nothing while they are perturbed."""
+        """Perturb the parameters by hand, for the forward passes until `step`; does nothing while they are perturbed.
+
+        Until `step` or `restore` forward passes are not watched: in eval mode, too, they see perturbed weights.
+
+        Raises:
+            RuntimeError: the optimizer is in eval mode, or inside `ema_weights`.
+        """
         self._refuse_inside_ema("perturb()")
+        if not self._training:
+            raise RuntimeError("perturb() in eval mode: call optimizer.train() before")
+        self._watch.stop()
+        self._perturb()
+
+    @torch.no_grad()
+    def _perturb(self) -> None:
         if self.perturbed or not self._wants_perturbation():
             return
         self.ledger.refresh(self.param_groups, self.state)
-        found = [(lanes, own) for lanes in self.ledger if (own := self._directions(lanes))]
-        if not found:
+        work = [
+            (lanes, lanes.segments(own, half="ascent")) for lanes in self.ledger if (own := self._directions(lanes))
+        ]
+        if not work:
             return
-        norm_sq = sum_over_shards(((lanes, lanes.norm_sq(own)) for lanes, own in found), self.ledger.home).double()
+        norms = ((lanes, ops.norm_sq(segments, False, None)) for lanes, segments in work)
+        norm_sq = sum_over_shards(norms, self.ledger.home).double()
         schedule = self.schedule
-        for lanes, own in found:
+        for lanes, segments in work:
+            if self.ledger.shares:
+                lanes.stage()
             rows = [(-radii.rho_of(group, schedule),) for group in lanes.groups]
             rho = lanes.per_parameter("ascent", rows)[:, 0]
             scale = coefficients.radius(rho, norm_sq.to(lanes.device, non_blocking=True))
             coef = torch.stack([scale, scale], 1).to(coefficients.compute_dtype(lanes.dtype))
-            rounds = self.stochastic_rounding and lanes.dtype.itemsize == 2
-            keys = coefficients.keys_of(lanes, self.seed, _PERTURBATION) if rounds else coefficients.no_keys(lanes)
-            move(lanes, own, coef, keys, stochastic=self.stochastic_rounding)
+            draws = self.stochastic_rounding and lanes.dtype.itemsize == 2
+            keys = coefficients.keys_of(lanes, self.seed, _PERTURBATION) if draws else coefficients.no_keys(lanes)
+            move(lanes, segments, coef, keys, stochastic=self.stochastic_rounding)
+        self.ledger.seal()
+        self._was_perturbed = True
         self.clean_view.open(self.ledger)
 
     @staticmethod
-    def _owns(optimizer: MomentumSAM, module: nn.Module) -> bool:
-        place = optimizer.ledger.place
-        return any(place(p) is not None for p in module.parameters())
+    def _before_forward(optimizer: MomentumSAM, module: nn.Module, will_train: bool) -> Callable[[], None] | None:
+        if optimizer._shows_ema or not (will_train or optimizer.perturbed):
+            return None
+        with torch.inference_mode(False):
+            if not will_train:
+                return optimizer._step_aside()
+            optimizer.clean_view.learn(module)
+            optimizer._perturb()
+        return None
 
-    @staticmethod
-    def _before_forward(optimizer: MomentumSAM, training: bool) -> None:
-        if optimizer._shows_ema:
-            return
-        if training:
-            optimizer.perturb()
-        else:
-            optimizer.restore()
+    def _step_aside(self) -> Callable[[], None]:
+        """Put back the clean weights for a while; the result perturbs them again, to the same bits.
+
+        A graph that autograd has recorded before stays good.
+        """
+        perturbed = [(lanes, lanes.versions()) for lanes in self.ledger if lanes.perturbed is not None]
+        self.restore()
+        clean = [lanes.versions() for lanes, _ in perturbed]
+
+        def put_back() -> None:
+            unwritten = [lanes.versions() for lanes, _ in perturbed] == clean
+            with torch.inference_mode(False):
+                self._perturb()
+            for lanes, versions in perturbed:
+                if unwritten and lanes.perturbed is not None:
+                    lanes.perturbed.rewind(versions)
+
+        return put_back
 
     def train(self) -> None:
         """Perturb from the next forward pass on, as after the optimizer was made."""
@@ -214,7 +270,10 @@ class MomentumSAM(FusedOptimizer):
         """Put back the clean weights, to the bit, if the parameters are perturbed."""
         super().restore()
         self.clean_view.close()
+        if self._training:
+            self._watch.start()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._watch = ForwardWatch(self, MomentumSAM._before_forward)
         self._begin()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +14,19 @@ from torch.optim import Optimizer
 
 from .. import ops
 from ..buffers.flatten import flatten
+from ..buffers.lanes import Lanes, name_of
 from ..buffers.ledger import Ledger
-from ..buffers.lanes import Lanes
 from ..buffers.sharded import check_placements, is_sharded, sum_over_shards
 from ..errors import ArgumentError, check
-from ..masks.trained import FishMask
 from ..kernels import spec
 from ..kernels.reference import compute_dtype
+from ..kernels.segments import Segments
+from ..masks.trained import FishMask
 from . import coefficients
+from .anchors import misnamed
 from .checkpoint import checked_groups, checked_state
 from .rules import RULES, is_finite
+from .uncompiled import add_param_group, state_dict, uncompiled, zero_grad
 
 _UPDATE = 0x51ED270B
 # A parameter's lanes with the gradients at hand, None where there is none.
@@ -47,6 +50,24 @@ class Direction:
     skip: Tensor | None = None
 
 
+@dataclass
+class Half:
+    """Half a step of some lanes.
+
+    Attributes:
+        lanes: whose.
+        segments: of the launch of each of its passes.
+    """
+
+    lanes: Lanes
+    segments: Segments
+
+    @property
+    def active(self) -> list[bool]:
+        """Which parameters take part."""
+        return self.segments.active
+
+
 class FusedOptimizer(Optimizer):
     """A rule over parameters that stay where they are, in one pass over all of them; the base of our optimizers.
 
@@ -59,8 +80,9 @@ class FusedOptimizer(Optimizer):
         weight_decay: decay to zero where there is no anchor, >= 0 (group; default: the rule's).
         l2_sp: decay to the anchor, >= 0 (group; default: 0, no anchors are kept).
         anchors: ``"initial"``, the weights before the first update, or a mapping of parameter names to tensors of their
-            shapes, for which ``params`` must carry names; parameters that it does not name are novel (default:
-            ``"initial"``).
+            shapes, copied at the first update, for which ``params`` must carry names; parameters that it does not name
+            are novel. It may be a whole ``state_dict()``; names of which only a prefix or a wrapper's part differs from
+            a parameter's are refused (default: ``"initial"``).
         maximize: maximize the objective (group; default: False).
         max_grad_norm: clip the global gradient norm to this, > 0, as ``clip_grad_norm_`` does; a step whose norm is not
             finite is skipped altogether (default: None, no clipping).
@@ -154,7 +176,7 @@ class FusedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`."""
-        super().add_param_group(param_group)
+        add_param_group(self, param_group)
         group = self.param_groups[-1]
         try:
             self._check_group(group)
@@ -194,13 +216,18 @@ class FusedOptimizer(Optimizer):
                 check_placements(label, p)
 
     def _check_anchors(self) -> None:
-        """Refuse anchors that no parameter's name fits: those of a model that was wrapped have other names."""
-        if isinstance(self.anchors, Mapping) and self.anchors:
-            names = {name for group in self.param_groups for name in group.get("param_names", ())}
-            if any(group["l2_sp"] > 0 for group in self.param_groups):
-                unknown = sorted(set(self.anchors) - names)
-                allowed = f"parameters are named {', '.join(map(repr, sorted(names)[:3]))}, ..."
-                check(not unknown or len(unknown) < len(self.anchors), "anchors", unknown[:3], allowed)
+        """Refuse anchors that fit no parameter's name, or were meant for one that would decay to zero without."""
+        groups = [group for group in self.param_groups if group["l2_sp"] > 0]
+        if self.anchors == "initial" or not self.anchors or not groups:
+            return
+        names = {name for group in self.param_groups for name in group.get("param_names", ())}
+        known = not names.isdisjoint(self.anchors)
+        check(known, "anchors", sorted(self.anchors)[:3], f"parameters are named {sorted(names)[:3]}")
+        pulled = [pair for group in groups for pair in zip(group.get("param_names", ()), group["params"], strict=True)]
+        novel = {name: p for name, p in pulled if p.requires_grad and name not in self.anchors}
+        unused = {name: anchor for name, anchor in self.anchors.items() if name not in names}
+        if (pair := misnamed(unused, novel)) is not None:
+            raise ArgumentError("anchors", pair[0], f"the parameter is named {pair[1]!r}")
 
     def _check_trainable(self, trainable: FishMask | None) -> None:
         fits = trainable is None or isinstance(trainable, FishMask)
@@ -238,7 +265,7 @@ class FusedOptimizer(Optimizer):
         if self.trainable is None:
             return None
         check("param_names" in group, "trainable", "a FishMask", "needs parameter names: pass model.named_parameters()")
-        name, p = group["param_names"][i], group["params"][i]
+        name, p = name_of(group, i), group["params"][i]
         check(not is_sharded(p), "trainable", "a FishMask", f"must be None: parameter {name!r} is sharded")
         shape = self.trainable.shapes.get(name)
         check(shape == p.shape, "trainable", f"a FishMask with {name!r} of shape {shape}", f"must be {tuple(p.shape)}")
@@ -249,41 +276,43 @@ class FusedOptimizer(Optimizer):
     def _anchor(self, group: Mapping[str, Any], i: int) -> Tensor | None:
         """The anchor that a parameter was given."""
         check("param_names" in group, "anchors", "a mapping", "needs parameter names: pass model.named_parameters()")
-        name, shape = group["param_names"][i], tuple(group["params"][i].shape)
+        name, shape = name_of(group, i), tuple(group["params"][i].shape)
         anchor = self.anchors.get(name)
         if anchor is not None:
             check(anchor.shape == shape, f"anchors[{name!r}]", tuple(anchor.shape), f"must have shape {shape}")
         return anchor
 
     def _structure(self, group: Mapping[str, Any], i: int | None) -> Hashable:
-        anchored = group["l2_sp"] > 0
-        if anchored and i is not None and self.anchors != "initial":
-            anchored = self._anchor(group, i) is not None
-        return self.rule.lanes(group), anchored
+        return self.rule.lanes(group), self._is_anchored(group, i)
+
+    def _is_anchored(self, group: Mapping[str, Any], i: int | None) -> bool:
+        given = i is not None and self.anchors != "initial"
+        return group["l2_sp"] > 0 and (not given or self._anchor(group, i) is not None)
 
     def _prepare(self, lanes: Lanes, entries: list[Mapping[str, Any]]) -> None:
         """Make the lanes that new lanes need for the state that there is."""
-        group = lanes.groups[0]
-        if group["l2_sp"] > 0 and self._structure(group, lanes.members[0].position)[1]:
-            self._prepare_anchors(lanes, entries)
+        if self._is_anchored(lanes.groups[0], lanes.members[0].position):
+            self._prepare_anchors(lanes)
         if any(name in entry for entry in entries for name in (*spec.STATE[self.rule.name], "step")):
             self._allocate(lanes, fill=False)
 
-    def _prepare_anchors(self, lanes: Lanes, entries: list[Mapping[str, Any]]) -> None:
+    def _prepare_anchors(self, lanes: Lanes) -> None:
         lanes.lane("anchor", lanes.dtype)
         for i, member in enumerate(lanes.members):
+            if lanes.has_anchor(i):
+                continue
             if self.anchors != "initial":
                 anchor = self._anchor(member.group, member.position)
                 lanes.set(i, "anchor", lanes.like_lane(i, anchor.to(lanes.device)), like_parameter=False)
                 continue
             entry = self.state.get(member.p)
-            if entry and "anchor" not in entry and not lanes.has_anchor(i) and float(entry.get("step", 0)) > 0:
+            if entry and "anchor" not in entry and float(entry.get("step", 0)) > 0:
                 raise ArgumentError("l2_sp", member.group["l2_sp"], "was 0 at the first step, so no anchors were kept")
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
     # It is compiled code already, a pass at a time; dynamo would trace what finds and checks the tensors.
-    @torch._disable_dynamo
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient.
@@ -307,34 +336,55 @@ class FusedOptimizer(Optimizer):
     def _update(self) -> None:
         """Restore, if perturbed, and apply the rule."""
         found = self._collect()
-        for lanes, _ in found:
-            self._allocate(lanes)
-        direction = self._direction(found)
-        updated = {id(lanes): grads for lanes, grads in found}
+        if self.ledger.shares:
+            # A weight that two parameters share is updated twice, each time from where the last update left it.
+            self.ledger.restore()
+        work = [self._prepared(lanes, grads) for lanes, grads in found]
+        direction = self._direction(work)
+        for half in work:
+            if self.ledger.shares:
+                half.lanes.stage()
+            self._descend(half, direction)
+        updated = {id(half.lanes) for half in work}
         for lanes in self.ledger:
-            if lanes.perturbed is not None:
-                grads = updated.get(id(lanes), [None] * len(lanes))
-                lanes.perturbed.settle()
-                lanes.write("backup", [i for i in lanes.perturbed.which() if grads[i] is None])
-        for lanes, grads in found:
-            self._descend(lanes, grads, direction)
-        for lanes in self.ledger:
+            if lanes.perturbed is not None and id(lanes) not in updated:
+                lanes.perturbed.restore()
             lanes.perturbed = None
+
+    def _prepared(self, lanes: Lanes, grads: list[Tensor | None]) -> Half:
+        """The launches of an update; parameters that are perturbed and take no part are restored."""
+        self._allocate(lanes)
+        clean = None
+        if lanes.perturbed is not None:
+            lanes.perturbed.settle()
+        # Those that are updated for the first time have the state of the beginning.
+        lanes.begin([grad is not None for grad in grads], self.state)
+        if lanes.perturbed is not None:
+            lanes.write("backup", [i for i in lanes.perturbed.which() if grads[i] is None])
+        weights = lanes.weights()
+        if lanes.perturbed is not None:
+            backup, moved = lanes.views("backup"), lanes.perturbed.active
+            clean = backup
+            if not all(moved):
+                clean = [backup[i] if moved[i] else weight for i, weight in enumerate(weights)]
+        other = self._second_gradients(lanes, grads)
+        return Half(lanes, lanes.segments(grads, weight=weights, clean=clean, other=other, half="descent"))
 
     def _collect(self) -> Found:
         """All lanes in which a parameter has a gradient, with the gradients."""
         self._refuse_inside_ema("a step")
         return self.ledger.collect(self.param_groups, self.state)
 
-    def _sum(self, parts: Iterable[tuple[Lanes, Tensor]]) -> Tensor:
-        """Sum of fp64 tensors over lanes and their shards, on the home device."""
+    def _sum(self, work: list[Half], measure: Callable[[Segments], Tensor]) -> Tensor:
+        """Sum of what a pass measures over all segments and their shards, fp64 on the home device."""
+        parts = ((half.lanes, measure(half.segments)) for half in work)
         return sum_over_shards(parts, self.ledger.home).double()
 
-    def _direction(self, found: Found) -> Direction:
+    def _direction(self, work: list[Half]) -> Direction:
         """What to multiply gradients with (unscaling, clipping), and on the device whether to skip the step."""
         norm_sq = None
-        if self.max_grad_norm is not None and found:
-            norm_sq = self._sum((lanes, lanes.norm_sq(grads)) for lanes, grads in found)
+        if self.max_grad_norm is not None and work:
+            norm_sq = self._sum(work, lambda segments: ops.norm_sq(segments, False, None))
         return self._scaled(Direction(), norm_sq)
 
     def _scaled(self, direction: Direction, norm_sq: Tensor | None) -> Direction:
@@ -373,48 +423,30 @@ class FusedOptimizer(Optimizer):
                 for i in range(len(lanes)):
                     lanes.views("ema")[i].copy_(lanes.exact(i))
 
-    def _second_gradients(self, lanes: Lanes, grads: list[Tensor | None]) -> list[Tensor | None] | None:
-        """The gradients that `Direction.other` is of."""
+    def _second_gradients(self, lanes: Lanes, grads: list[Tensor | None]) -> Sequence[Tensor | None] | None:
+        """The gradients that `Direction.other` is of, if the coming update combines two."""
         return None
 
-    def _descend(self, lanes: Lanes, grads: list[Tensor | None], direction: Direction) -> None:
-        active = [grad is not None for grad in grads]
-        # Those that are updated for the first time have the state of the beginning.
-        lanes.begin(active, self.state)
-        other = None if direction.other is None else self._second_gradients(lanes, grads)
-        if direction.keep:
-            orthogonal = lanes.lane("orthogonal", lanes.dtype)
-        else:
-            orthogonal = None
-        perturbed = lanes.perturbed
-        if perturbed is not None and perturbed.overlapping:
-            # A weight that two parameters share is updated twice, each time from where the last update left it.
-            perturbed.restore()
-            perturbed = None
-        weights = lanes.weights()
-        clean = None
-        if perturbed is not None:
-            backup, moved = lanes.views("backup"), perturbed.active
-            clean = [backup[i] if moved[i] else weight for i, weight in enumerate(weights)]
+    def _descend(self, half: Half, direction: Direction) -> None:
+        lanes, active = half.lanes, half.active
+        orthogonal = lanes.lane("orthogonal", lanes.dtype) if direction.keep else None
         self._count(lanes, active, direction)
         coef, key = self._coefficients(lanes, direction)
         lane = lanes.lanes.get
         state = [lanes.lanes[name] for name in self.rule.lanes(lanes.groups[0])]
-        for segments in lanes.rounds(grads, weight=weights, clean=clean, other=other):
-            ops.descend_(
-                segments,
-                state,
-                lane("remainder"),
-                lane("anchor"),
-                lane("ema"),
-                orthogonal,
-                coef,
-                key,
-                self.rule.name,
-                self.stochastic_rounding,
-            )
+        ops.descend_(
+            half.segments,
+            state,
+            lane("remainder"),
+            lane("anchor"),
+            lane("ema"),
+            orthogonal,
+            coef,
+            key,
+            self.rule.name,
+            self.stochastic_rounding,
+        )
         lanes.written(active)
-        lanes.follow(self.state)
 
     @staticmethod
     def _count(lanes: Lanes, active: list[bool], direction: Direction) -> None:
@@ -536,14 +568,24 @@ class FusedOptimizer(Optimizer):
         finally:
             self._shows_ema = False
             with torch.no_grad():
-                for lanes, weights in before:
-                    lanes.put_back(weights)
+                # Where parameters share memory, a later one's copy has the average of an earlier one.
+                for lanes, weights in reversed(before):
+                    lanes.put_back(*weights)
 
     def _refuse_inside_ema(self, action: str) -> None:
         if self._shows_ema:
             raise RuntimeError(f"{action} inside ema_weights(): the parameters hold the average, leave the block first")
 
     # -- state ---------------------------------------------------------------------------------------------------------
+
+    @uncompiled
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as `torch.optim.Optimizer.zero_grad`."""
+        zero_grad(self, set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as `torch.optim.Optimizer.state_dict`."""
+        return state_dict(self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -151,6 +151,10 @@ class Lion(Rule):
     def check(group: Mapping[str, Any]) -> None:
         _check_betas(group["betas"])
 
+    def required(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        # Nothing depends on the count of steps, and other implementations keep none.
+        return self.lanes(group)
+
     def hyper(self, group: Mapping[str, Any]) -> tuple[float | Tensor, ...]:
         return tuple(group["betas"])
 

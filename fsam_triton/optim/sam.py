@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from ..buffers.lanes import Lanes
 from ..buffers.ledger import Ledger
 from ..errors import check
 from ..masks.perturbed import FisherMask
@@ -70,7 +71,7 @@ class SAM(TwoPass):
         seed: int = 0,
     ) -> None:
         check(isinstance(base, Optimizer), "base", type(base).__name__, "must be a torch.optim.Optimizer")
-        check(not isinstance(base, TwoPass), "base", type(base).__name__, "must not be sharpness-aware itself")
+        check(not hasattr(base, "perturb"), "base", type(base).__name__, "must not be sharpness-aware itself")
         check(0 < gamma <= 1, "gamma", gamma, "must be in (0, 1]")
         check(schedule is None or schedule.reuse == 0, "schedule.reuse", schedule and schedule.reuse, "must be 0")
         self.base, self.gamma = base, gamma
@@ -104,7 +105,9 @@ class SAM(TwoPass):
     def _structure(group: Mapping[str, Any], i: int | None) -> bool:
         return group["adaptive"]
 
-    def _prepare(self, lanes: Any, entries: list[Mapping[str, Any]]) -> None:
+    def _prepare(self, lanes: Lanes, entries: list[Mapping[str, Any]]) -> None:
+        # The base counts the updates; here they only make the random numbers of each step others.
+        lanes.steps.fill_(self.param_groups[0]["updates"])
         if self.mask is not None:
             self.ascent.words(lanes)
 
@@ -149,6 +152,8 @@ class SAM(TwoPass):
 
     def _descend_all(self) -> None:
         self.ledger.restore()
+        for lanes in self.ledger:
+            lanes.steps += 1
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if getattr(self.base, "_step_supports_amp_scaling", False) and found_inf is not None:
             self.base.found_inf, self.base.grad_scale = found_inf, scale
@@ -169,13 +174,17 @@ class SAM(TwoPass):
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict, and under ``"masks"`` what was chosen of each parameter, by its number there."""
         out = self.base.state_dict()
-        if self.mask is not None:
-            for lanes in self.ledger:
-                lanes.show(self._masks)
+        self._show_masks()
+        if self._masks:
             numbers = [n for group in out["param_groups"] for n in group["params"]]
             params = [p for group in self.param_groups for p in group["params"]]
             out["masks"] = {n: self._masks[p] for n, p in zip(numbers, params, strict=True) if p in self._masks}
         return out
+
+    def _show_masks(self) -> None:
+        if self.mask is not None:
+            for lanes in self.ledger:
+                lanes.show(self._masks)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -197,6 +206,7 @@ class SAM(TwoPass):
             raise RuntimeError(
                 "the weights are perturbed: call restore() or step() before copying or pickling the optimizer"
             )
+        self._show_masks()
         kept = ("base", "gamma", "ascent", "_of_group", "defaults")
         return {name: vars(self)[name] for name in kept} | {"masks": dict(self._masks)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..batches.samples import select_samples
+from ..buffers.lanes import name_of
 from ..buffers.ledger import Ledger
 from ..errors import check
 from . import rho
 from .ascent import Ascent
 from .clean import CleanView
 from .schedule import Schedule
+from .uncompiled import uncompiled
 
 # After so many steps that were to be sharpness-aware and were not, somebody must have forgotten the ascent.
 _FORGOTTEN = 5
@@ -39,6 +42,9 @@ class TwoPass(Optimizer):
     def _descend_all(self) -> None:
         """Restore, if perturbed, and update."""
         raise NotImplementedError
+
+    def _check_idle(self) -> None:
+        """Raise a RuntimeError where no step may begin."""
 
     def _keep_first_gradients(self, found: Any) -> None:
         """Keep the gradients of the ascent, which are cleared next, if the descent needs them."""
@@ -70,7 +76,7 @@ class TwoPass(Optimizer):
         """Whether the parameters hold perturbed weights at this moment."""
         return self.ledger.perturbed
 
-    @torch._disable_dynamo
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[..., Any] | None = None, batch: Any = None) -> Any:
         """Descend, with a closure after an ascent: the whole step; without one: the second half after `perturb`.
@@ -104,7 +110,7 @@ class TwoPass(Optimizer):
             perturbed = self.perturbed
             with contextlib.nullcontext() if perturbed else self.ascent_pass():
                 loss = self._evaluate(closure, batch)
-            if not perturbed and self.is_sharp and (found := self._collect()):
+            if not perturbed and self.is_sharp and (found := self._collect_first()):
                 self._ascend(found)
                 if self.gamma < 1:
                     batch = select_samples(batch, loss, closure(batch), self.gamma)
@@ -152,9 +158,9 @@ class TwoPass(Optimizer):
     def _evaluate(self, closure: Callable[..., Any], batch: Any) -> Any:
         with torch.enable_grad():
             if batch is None:
-                before = self._written()
+                before = self._gradients()
                 loss = closure()
-                if loss is not None and self._written() == before:
+                if loss is not None and not self._have_changed(before):
                     raise RuntimeError("the closure has computed no gradients: it must call backward() each time")
                 return loss
             self.zero_grad()
@@ -162,15 +168,25 @@ class TwoPass(Optimizer):
             losses.mean().backward()
         return losses.detach()
 
-    def _written(self) -> list[tuple[int, int] | None]:
-        """What tells whether a gradient has been computed since."""
+    def _gradients(self) -> list[tuple[weakref.ref[Tensor], int] | None]:
+        """What tells whether a gradient has been computed since, without keeping those that are there."""
         grads = [p.grad for group in self.param_groups for p in group["params"]]
-        return [None if grad is None else (id(grad), grad._version) for grad in grads]
+        return [None if grad is None else (weakref.ref(grad), grad._version) for grad in grads]
 
-    def _collect(self) -> Any:
-        return self.ledger.collect(self.param_groups, self._shown)
+    def _have_changed(self, before: list[tuple[weakref.ref[Tensor], int] | None]) -> bool:
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        return any(
+            grad is not None and (then is None or then[0]() is not grad or then[1] != grad._version)
+            for grad, then in zip(grads, before, strict=True)
+        )
 
-    @torch._disable_dynamo
+    def _collect_first(self) -> Any:
+        """The lanes with the gradients of the first pass."""
+        self._check_idle()
+        # Of the state, a perturbation reads masks alone.
+        return self.ledger.collect(self.param_groups, self._shown, with_state=self.mask is not None)
+
+    @uncompiled
     @torch.no_grad()
     def perturb(self, scaler: GradScaler | None = None) -> None:
         """Climb: w -> w + eps(w) from the gradients there are, which are cleared. The schedule decides on rho alone.
@@ -188,7 +204,7 @@ class TwoPass(Optimizer):
             raise RuntimeError("perturb() was called twice: call step() or restore() in between")
         if scaler is not None and self._is_unscaled_by(scaler):
             raise RuntimeError("unscale_() before perturb(scaler): call it, if at all, after the second backward()")
-        found = self._collect()
+        found = self._collect_first()
         if not found:
             raise RuntimeError("perturb() needs gradients: call backward() first")
         # Not get_scale(), which waits for the device.
@@ -209,8 +225,8 @@ class TwoPass(Optimizer):
         }
         self.ascent.climb(self.ledger, found, self.param_groups, radii, scale)
         self._keep_first_gradients(found)
-        for lanes, _ in found:
-            for p in lanes.params:
+        for group in self.param_groups:
+            for p in group["params"]:
                 p.grad = None
 
     def _is_unscaled_by(self, scaler: GradScaler) -> bool:
@@ -298,10 +314,12 @@ class TwoPass(Optimizer):
             ArgumentError: p is not a parameter of this optimizer.
         """
         self.ledger.refresh(self.param_groups, self._shown)
-        place = self.ledger.place(p)
-        shape = tuple(p.shape)
-        check(place is not None, "p", f"a tensor of shape {shape}", "must be a parameter of this optimizer")
-        return self.ascent.mask_of(*place)
+        if (place := self.ledger.place(p)) is not None:
+            return self.ascent.mask_of(*place)
+        known = any(p is own for group in self.param_groups for own in group["params"])
+        check(known, "p", f"a tensor of shape {tuple(p.shape)}", "must be a parameter of this optimizer")
+        # It is not trained.
+        return torch.zeros_like(p, dtype=torch.bool)
 
     @torch.no_grad()
     def mask_density(self) -> dict[str, float]:
@@ -309,8 +327,8 @@ class TwoPass(Optimizer):
 
         Returns:
             For each parameter, by name or (the optimizer was given no names) by position over all groups as a string,
-            the fraction of its weights: 1.0 or 0.0 for one that the mask does not choose from, 0.0 for any other before
-            the first perturbation.
+            the fraction of its weights: 1.0 or 0.0 for one that the mask does not choose from, 0.0 for a frozen one, and
+            for any other before the first perturbation.
 
         Raises:
             RuntimeError: the optimizer has no mask.
@@ -321,7 +339,7 @@ class TwoPass(Optimizer):
         density = self.ascent.density(self.ledger)
         out: dict[str, float] = {}
         for group in self.param_groups:
-            names = group.get("param_names")
             for i, p in enumerate(group["params"]):
-                out[names[i] if names else str(len(out))] = density.get(p, float(self.ascent.moves_excluded()))
+                # One that has no lanes is frozen.
+                out[name_of(group, i) or str(len(out))] = density.get(p, 0.0)
         return out

@@ -1,4 +1,4 @@
-"""The folder in which workers keep their last merge, so that a training can go on from it."""
+"""The folder in which workers keep their last merge, so that a training can resume from it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from .delta import saved_buffers, take
 from ..errors import check
 from ..files import written_whole
 from ..masks.trained import FishMask
+from .delta import saved_buffers, take
 from .workers import Workers
 
 # Names the last complete merge.
@@ -36,7 +36,7 @@ class MergeFiles:
     Args:
         folder: made if need be.
         workers: who writes.
-        settings: of the training, for JSON; a run can only go on with the same.
+        settings: of the training, for JSON; a run can only resume with the same.
 
     Attributes:
         folder: as given.
@@ -50,7 +50,7 @@ class MergeFiles:
         self._whole = 0
 
     def find(self) -> dict[str, Any] | None:
-        """What there is to go on from: rank 0's marker, on all ranks; None for nothing."""
+        """What there is to resume from: rank 0's marker, on all ranks; None for nothing."""
         marker = self._workers.json_of_first(_read_marker(self.folder))
         if marker is not None:
             for name, value in self._settings.items():

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from ..optim.optimizer import FusedOptimizer
-from .delta import saved_buffers
+from ..buffers.sparse import flat_in_memory, in_memory
 from ..errors import check
 from ..masks.trained import FishMask
+from ..optim.optimizer import FusedOptimizer
+from .delta import saved_buffers
 from .merge_files import MergeFiles, load_merged, model_tensors
-from ..buffers.sparse import in_memory
 from .workers import Workers
 
 
@@ -29,7 +29,7 @@ class SparseMerger:
     Floating-point buffers (BatchNorm statistics) are averaged, others are rank 0's; moments stay where they are. All
     ranks begin with rank 0's weights, and must take equally many steps.
 
-    If there is a merge in `checkpoint`, the training goes on from it: leave out the batches of its `merger.steps`.
+    If there is a merge in `checkpoint`, the training resumes from it: leave out the batches of its `merger.steps`.
 
     Args:
         model: the same on all ranks; not in DistributedDataParallel, which would exchange the gradients of all weights.
@@ -43,11 +43,11 @@ class SparseMerger:
             merge: larger steps, the more workers there are (default: ``"mean"``).
         refresh_every: choose a mask again after so many merges, >= 1 (default: None, never).
         dense_merges: before there is a mask, train all weights and merge them so many times, by the mean (default: 0).
-        checkpoint: a folder, to keep the last merge in and go on from it (default: None).
+        checkpoint: a folder, to keep the last merge in and to resume from it (default: None).
 
     Attributes:
         mask: what is trained at the moment, by all workers together; None while that is all weights.
-        steps: how many steps this worker has taken, including those of the run it goes on from.
+        steps: how many steps this worker has taken, including those of the run that it resumes.
         merges: how many merges there were, including those.
         bytes_sent: of weights and floating-point buffers, what this process has given to others in merges; each byte
             once, however many workers it goes to.
@@ -57,7 +57,7 @@ class SparseMerger:
         WorkerError: another worker has died or does not answer within the process group's timeout.
 
     Example:
-        With a process group that torchrun has made, all is the same, but that there is somebody to send to.
+        With a process group that torchrun has made, the loop is the same, and there are others to send to.
 
         >>> from fsam_triton import AdamWL2SP, FishMask, SparseMerger
         >>> model = torch.nn.Linear(8, 2)
@@ -224,7 +224,7 @@ class SparseMerger:
     def _describe_failure(self) -> str:
         resume = "nothing was kept of its merges, because there is no checkpoint"
         if self._files:
-            resume = f"the last complete merge is in {self._files.folder}: to go on from there, start all workers again"
+            resume = f"the last complete merge is in {self._files.folder}: to resume from it, start all workers again"
         return (
             f"Worker {self._workers.rank} of {self._workers.size} has lost another one before merge {self.merges + 1} "
             "was complete: it has died, or did not answer within the timeout of the process group "
@@ -240,20 +240,15 @@ class _Places:
         for name in mask.shapes:
             p, indices = parameters[name], mask.indices(name)
             if len(indices):
-                self._places.append((p, in_memory(indices.to(p.device), p).to(indices.dtype)))
+                self._places.append((p, in_memory(indices.to(p.device), p.shape, p.stride()).to(indices.dtype)))
 
     def read(self) -> list[Tensor]:
-        return [_flat(p).index_select(0, index) for p, index in self._places]
+        return [flat_in_memory(p.detach()).index_select(0, index) for p, index in self._places]
 
     def write(self, values: Tensor) -> None:
         parts = values.split([len(index) for _, index in self._places])
         for (p, index), part in zip(self._places, parts, strict=True):
-            _flat(p).index_copy_(0, index.long(), part.to(p))
-
-
-def _flat(p: Parameter) -> Tensor:
-    """The parameter's own memory as a flat tensor."""
-    return p.detach().as_strided((p.numel(),), (1,))
+            flat_in_memory(p.detach()).index_copy_(0, index.long(), part.to(p))
 
 
 def _pack(pieces: list[Tensor], device: torch.device) -> Tensor:

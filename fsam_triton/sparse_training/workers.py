@@ -22,7 +22,7 @@ class Workers:
 
     Args:
         device: of the model.
-        describe: says what was going on, for the WorkerError that any method can raise.
+        describe: says what was being done, for the WorkerError that any method can raise.
 
     Attributes:
         rank, size: of this worker, and how many there are.

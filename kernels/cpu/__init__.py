@@ -22,6 +22,8 @@ _TYPES = {
     **{torch.float64: "double", torch.float32: "float", torch.bfloat16: "BF16", torch.float16: "FP16"},
     **{torch.int16: "int16_t", torch.int32: "int32_t", torch.int64: "int64_t"},
 }
+# From so many bytes on a backup has left the caches before it is read again.
+_STREAMED = 4 << 20
 # Elements of a sparse tensor that a thread takes at a time.
 _PART = 2048
 
@@ -42,17 +44,21 @@ def _or_reference(launch: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@functools.cache
-def _pass(name: str, types: tuple[torch.dtype | str, ...], options: str, addresses: int) -> Callable[..., Any]:
-    """A pass over segments for these types and options, which takes so many addresses after the table."""
-    parameters = ", ".join([*(_TYPES.get(t, t) for t in types), *([options] if options else [])])
-    header = name.removesuffix("_sq")
-    return build.function(header, f"{name}<{parameters}>", _ADDRESS, _LONG, _INT, *[_ADDRESS] * addresses)
+def _pass(name: str, types: Sequence[torch.dtype | str], addresses: int, **options: int) -> Callable[..., Any]:
+    """A pass over segments, compiled.
 
-
-def _options(kind: str, **options: int) -> str:
-    """Options in C++, in the order in which they are declared there."""
-    return f"{kind}{{{', '.join(f'.{name} = {int(value)}' for name, value in options.items())}}}"
+    Args:
+        name: a function template of cpu/.
+        types: its parameters that are types.
+        addresses: how many it takes after the table.
+        options: the fields of its last parameter, in the order in which they are declared.
+    """
+    parameters = [_TYPES.get(t, t) for t in types]
+    if options:
+        kind = f"{name.removesuffix('_sq').capitalize()}Options"
+        parameters.append(f"{kind}{{{', '.join(f'.{field} = {int(value)}' for field, value in options.items())}}}")
+    arguments = (_ADDRESS, _LONG, _INT, *[_ADDRESS] * addresses)
+    return build.function(name.removesuffix("_sq"), f"{name}<{', '.join(parameters)}>", *arguments)
 
 
 def _run(function: Callable[..., Any], segments: Segments, *tensors: Tensor | None) -> None:
@@ -61,16 +67,25 @@ def _run(function: Callable[..., Any], segments: Segments, *tensors: Tensor | No
     function(table.ctypes.data, len(table), torch.get_num_threads(), *addresses)
 
 
+@functools.cache
+def _norm_sq(weight: torch.dtype, grad: torch.dtype, adaptive: bool, masked: bool) -> Callable[..., Any]:
+    types = (weight, grad, reference.compute_dtype(grad))
+    return _pass("norm_sq", types, 3, adaptive=adaptive, masked=masked)
+
+
 @_or_reference
 def norm_sq(segments: Segments, adaptive: bool, mask: Tensor | None) -> Tensor:
     """The same as `reference.norm_sq`, but for the order of additions."""
     result = torch.zeros((), dtype=torch.float64)
     if segments:
-        grad = segments.dtype("grad")
-        types = (segments.dtype(), grad, reference.compute_dtype(grad))
-        function = _pass("norm_sq", types, _options("NormOptions", adaptive=adaptive, masked=mask is not None), 3)
+        function = _norm_sq(segments.dtype(), segments.dtype("grad"), adaptive, mask is not None)
         _run(function, segments, mask, torch.empty(segments.plan.chunks, dtype=torch.float64), result)
     return result
+
+
+@functools.cache
+def _gap(grad: torch.dtype) -> Callable[..., Any]:
+    return _pass("gap", (grad, reference.compute_dtype(grad)), 2)
 
 
 @_or_reference
@@ -78,10 +93,14 @@ def gap(segments: Segments) -> Tensor:
     """The same as `reference.gap`, but for the order of additions."""
     result = torch.zeros(3, dtype=torch.float64)
     if segments:
-        grad = segments.dtype("grad")
-        function = _pass("gap", (grad, reference.compute_dtype(grad)), "", 2)
+        function = _gap(segments.dtype("grad"))
         _run(function, segments, torch.empty(segments.plan.chunks, 3, dtype=torch.float64), result)
     return result
+
+
+@functools.cache
+def _perturb(weight: torch.dtype, grad: torch.dtype, **options: bool) -> Callable[..., Any]:
+    return _pass("perturb", (weight, grad, reference.compute_dtype(weight)), 4, **options)
 
 
 @_or_reference
@@ -99,15 +118,33 @@ def perturb_(
     if not segments:
         return
     weight = segments.dtype()
-    options = _options(
-        "PerturbOptions",
+    function = _perturb(
+        weight,
+        segments.dtype("grad"),
         adaptive=adaptive,
         masked=mask is not None,
         stochastic=stochastic and weight.itemsize == 2,
         random=random,
+        # Passes over 16-bit numbers wait for the processor, not for memory.
+        streamed=weight.itemsize > 2 and segments.plan.size * weight.itemsize >= _STREAMED,
     )
-    function = _pass("perturb", (weight, segments.dtype("grad"), reference.compute_dtype(weight)), options, 4)
     _run(function, segments, backup, mask, coef.contiguous(), key.contiguous())
+
+
+@functools.cache
+def _descend(
+    rule: str,
+    weight: torch.dtype,
+    grad: torch.dtype,
+    state: torch.dtype | None,
+    remainder: torch.dtype | None,
+    lanes: int,
+    **options: bool,
+) -> Callable[..., Any]:
+    # Of lanes that are not there the type does not matter.
+    types = (f"rules::{rule}", weight, grad, state or weight, remainder or torch.int32)
+    options = {"lanes": lanes, "remainder": remainder is not None, **options}
+    return _pass("descend", (*types, reference.compute_dtype(weight)), 9, **options)
 
 
 @_or_reference
@@ -127,21 +164,17 @@ def descend_(
     if not segments:
         return
     weight = segments.dtype()
-    options = _options(
-        "DescendOptions",
-        lanes=len(state),
-        remainder=remainder is not None,
+    function = _descend(
+        *(rule, weight, segments.dtype("grad"), state[0].dtype if state else None),
+        *(None if remainder is None else remainder.dtype, len(state)),
         anchor=anchor is not None,
         ema=ema is not None,
         other=segments.tensors["other"] is not None,
         orthogonal=orthogonal is not None,
         stochastic=stochastic and remainder is None and weight.itemsize == 2,
     )
-    kept = state[0].dtype if state else torch.float32
-    lost = torch.int32 if remainder is None else remainder.dtype
-    types = (f"rules::{rule}", weight, segments.dtype("grad"), kept, lost, reference.compute_dtype(weight))
     lanes = (*state, *[None] * (3 - len(state)), remainder, anchor, ema, orthogonal)
-    _run(_pass("descend", types, options, 9), segments, *lanes, coef.contiguous(), key.contiguous())
+    _run(function, segments, *lanes, coef.contiguous(), key.contiguous())
 
 
 @functools.cache

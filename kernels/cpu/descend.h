@@ -17,11 +17,12 @@ struct DescendOptions {
 //   T, G, S, R, C: types of weights, of gradients, of the state, of remainders, and computed in
 //   state0, state1, state2, remainder, anchor, ema, orthogonal: lanes [size], all but `anchor` written
 //   coefficients, key: [count]
+//
+// Bytes an element: those of two weights, a gradient, twice the state and other lanes (AdamW in fp32: 28).
 template <typename RULE, typename T, typename G, typename S, typename R, typename C, DescendOptions OPTIONS>
 void descend(const Segment* segments, int64_t count, int threads, S* state0, S* state1, S* state2, R* remainder,
              const T* anchor, C* ema, T* orthogonal, const typename RULE::template Coefficients<C>* coefficients,
              const uint32_t* key) {
-  constexpr int STOCHASTIC_FROM = OPTIONS.stochastic ? RULE::FIRST_STOCHASTIC : 3;
   for_each_chunk(segments, count, threads, [=](int64_t s, int64_t start, int64_t stop) {
     const Segment& segment = segments[s];
     T* weight = at<T>(segment.weight);
@@ -65,9 +66,10 @@ void descend(const Segment* segments, int64_t count, int threads, S* state0, S* 
 
       w = choose(update, w, old_w);
       const uint32_t bits = random_bits(place + own_key);
-      if (OPTIONS.lanes > 0) store_lane(lane0[i], state[0], old0, update, bits, STOCHASTIC_FROM <= 0);
-      if (OPTIONS.lanes > 1) store_lane(lane1[i], state[1], old1, update, bits, STOCHASTIC_FROM <= 1);
-      if (OPTIONS.lanes > 2) store_lane(lane2[i], state[2], old2, update, bits, STOCHASTIC_FROM <= 2);
+      // Lanes after the first are second moments: with decays near 1 their updates are smaller than half a step.
+      if (OPTIONS.lanes > 0) store_lane(lane0[i], state[0], old0, update, bits, false);
+      if (OPTIONS.lanes > 1) store_lane(lane1[i], state[1], old1, update, bits, OPTIONS.stochastic);
+      if (OPTIONS.lanes > 2) store_lane(lane2[i], state[2], old2, update, bits, OPTIONS.stochastic);
       if constexpr (OPTIONS.remainder) {
         split(w, weight[i], lost[i]);
       } else {

@@ -7,6 +7,8 @@
 //
 //   G, C: types of both gradients, and computed in
 //   sums: [chunks, 3], for use inside; result: [3], written
+//
+// Bytes an element: those of two gradients.
 template <typename G, typename C>
 void gap(const Segment* segments, int64_t count, int threads, double* sums, double* result) {
   for_each_chunk(segments, count, threads, [=](int64_t s, int64_t start, int64_t stop) {

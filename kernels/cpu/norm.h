@@ -4,7 +4,7 @@
 #include "numbers.h"
 #include "segments.h"
 
-// A chunk is summed up in so many lanes: several vector registers, as one addition must wait for the last one to its lane.
+// A chunk is summed up in so many lanes, several vector registers: an addition must wait for the last one to its lane.
 constexpr int LANES = 64;
 
 // Calls `add(i, lane, word)` for the elements of a chunk. `word` is the element's word of a mask: looked up for each
@@ -43,6 +43,8 @@ struct NormOptions {
 //
 //   T, G, C: types of weights, of gradients, and computed in
 //   mask: [size / 32]; sums: [chunks], for use inside; result: [1], written
+//
+// Bytes an element: those of a gradient, and of a weight if adaptive.
 template <typename T, typename G, typename C, NormOptions OPTIONS>
 void norm_sq(const Segment* segments, int64_t count, int threads, const uint32_t* mask, double* sums, double* result) {
   for_each_chunk(segments, count, threads, [=](int64_t s, int64_t start, int64_t stop) {

@@ -1,11 +1,6 @@
 // Number types, how they are converted and rounded, and random numbers: the bits of reference.py.
-//
-// In the compiler's eyes a choice between two numbers is a branch, and it does not vectorise a loop with a branch: hence
-// `choose`.
 #pragma once
 
-#include <bit>
-#include <cmath>
 #include <cstdint>
 
 struct BF16 {
@@ -15,16 +10,24 @@ struct FP16 {
   uint16_t bits;
 };
 
-inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
-inline float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
+// Of <bit> and <cmath>, which take longer to compile than a pass.
+inline uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
+inline uint64_t bits_of(double x) { return __builtin_bit_cast(uint64_t, x); }
+inline float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+inline float absolute(float x) { return __builtin_fabsf(x); }
+inline double absolute(double x) { return __builtin_fabs(x); }
+inline float square_root(float x) { return __builtin_sqrtf(x); }
+inline double square_root(double x) { return __builtin_sqrt(x); }
+constexpr float INF = __builtin_inff();
 
+// In the compiler's eyes a choice between two numbers is a branch, and it hardly vectorises a loop with branches.
 inline uint32_t choose(bool first, uint32_t a, uint32_t b) { return (a & -uint32_t(first)) | (b & ~-uint32_t(first)); }
 inline float choose(bool first, float a, float b) { return float_of(choose(first, bits_of(a), bits_of(b))); }
 inline double choose(bool first, double a, double b) { return first ? a : b; }
 
 template <typename C>
 inline bool finite(C x) {
-  return std::fabs(x) < C(INFINITY);
+  return absolute(x) < C(INF);
 }
 
 // As torch.maximum, NaN if one of them is.
@@ -39,7 +42,7 @@ inline C sign(C x) {
   return C(int(x > C(0)) - int(x < C(0)));
 }
 
-// -- conversions -------------------------------------------------------------------------------------------------------
+// -- conversions ----------------------------------------------------------------------------------------------------
 
 // The bits of the fp32 number with the same magnitude.
 inline uint32_t magnitude(float x) { return bits_of(x) & 0x7FFFFFFFu; }
@@ -64,7 +67,7 @@ inline void store(float& to, C x) {
 template <typename C>
 inline void store(BF16& to, C x) {
   const uint32_t bits = bits_of(float(x));
-  // A NaN that arithmetic has made is one without its lower half, too; rounded, it might overflow into a zero.
+  // A NaN that arithmetic has made is one without its lower half, too. Rounded, it might overflow into a zero.
   const uint32_t half = (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0 : ((bits >> 16) & 1) + 0x7FFFu;
   to.bits = uint16_t((bits + half) >> 16);
 }
@@ -79,7 +82,7 @@ inline void store(FP16& to, C x) {
   to.bits = uint16_t(half | ((bits >> 16) & 0x8000u));
 }
 
-// -- random numbers ----------------------------------------------------------------------------------------------------
+// -- random numbers -------------------------------------------------------------------------------------------------
 
 // Of an element, `x` is its index times WEYL plus the key. Loops add up the products: a multiplication for each element
 // would be their slowest instruction.
@@ -109,14 +112,16 @@ inline void store_stochastically(FP16& to, float x, int32_t rand) {
   const float grain = float_of(step > smallest ? step : smallest), shift = grain * (12582912.0f * 8192.0f);
   float y = (x + grain * float((rand >> 3) | 1) + shift) - shift;
   y = choose(y > 65504.0f, 65504.0f, choose(y < -65504.0f, -65504.0f, y));
-  store(to, choose(std::fabs(x) < LARGE, y, x));
+  store(to, choose(absolute(x) < LARGE, y, x));
 }
 
-// -- master weights ----------------------------------------------------------------------------------------------------
+// -- master weights -------------------------------------------------------------------------------------------------
 
 // The fp32 number of which `weight` is the rounding, see reference.combine; int16_t for BF16, int32_t for FP16.
 inline float combined(BF16 weight, int16_t remainder) {
-  return float_of((uint32_t(weight.bits) << 16) + uint32_t(int32_t(remainder)));
+  const uint32_t bits = uint32_t(weight.bits) << 16;
+  const float master = float_of(bits + uint32_t(int32_t(remainder)));
+  return choose(master == master, master, float_of(bits));
 }
 inline float combined(FP16 weight, int32_t remainder) {
   const float wide = widened(weight), master = float_of(bits_of(wide) + uint32_t(remainder));
@@ -127,7 +132,8 @@ inline float combined(FP16 weight, int32_t remainder) {
 
 // The rounding of `master` and what it loses, see reference.split.
 inline void split(float master, BF16& weight, int16_t& remainder) {
-  store(weight, master);
+  // Where the weight was set to an infinity, no arithmetic has made the NaN.
+  store(weight, choose(master == master, master, __builtin_nanf("")));
   const int32_t lost = int32_t(bits_of(master) - (uint32_t(weight.bits) << 16));
   remainder = int16_t(lost < 32767 ? lost : 32767);
 }

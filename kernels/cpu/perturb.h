@@ -1,18 +1,39 @@
 // The ascent: weights move along their gradients, and are backed up.
 #pragma once
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include "numbers.h"
 #include "segments.h"
 
 struct PerturbOptions {
-  bool adaptive, masked, stochastic, random;
+  bool adaptive, masked, stochastic, random, streamed;
 };
+
+// to <- from [n], past the caches. Memory that is written in the ordinary way is read first.
+template <typename T>
+inline void stream(T* to, const T* from, int64_t n) {
+#ifdef __SSE2__
+  constexpr int64_t LINE = 64 / sizeof(T), PART = LINE / 4;
+  for (; n && reinterpret_cast<uintptr_t>(to) % 64; n--) *to++ = *from++;
+  for (; n >= LINE; n -= LINE, to += LINE, from += LINE)
+    for (int64_t k = 0; k < LINE; k += PART)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + k), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k)));
+  // Before any other thread looks.
+  _mm_sfence();
+#endif
+  __builtin_memcpy(to, from, n * sizeof(T));
+}
 
 // backup <- w, w <- round(w + scale s g), s = w^2 if adaptive, else 1; where that is not finite, outside the mask, or
 // not drawn, the weight stays.
 //
 //   T, G, C: types of weights, of gradients, and computed in
 //   backup: [size], written; mask: [size / 32]; coefficients, key: [count]
+//
+// Bytes an element: those of a gradient and of three weights (16 in fp32); of another weight unless streamed.
 template <typename T, typename G, typename C, PerturbOptions OPTIONS>
 void perturb(const Segment* segments, int64_t count, int threads, T* backup, const uint32_t* mask,
              const coefficients::perturb<C>* coefficients, const uint32_t* key) {
@@ -27,7 +48,7 @@ void perturb(const Segment* segments, int64_t count, int threads, T* backup, con
     const uint32_t own_key = key[s];
     const auto move = [=](int64_t i, uint32_t word, int bit, uint32_t place) __attribute__((always_inline)) {
       const T old = weight[i];
-      kept[i] = old;
+      if (!OPTIONS.streamed) kept[i] = old;
       C w = widened(old), eps = scale * C(widened(grad[i]));
       if (OPTIONS.adaptive) eps *= w * w;
       uint32_t moved = finite(eps);
@@ -38,22 +59,25 @@ void perturb(const Segment* segments, int64_t count, int threads, T* backup, con
       if (OPTIONS.stochastic) store_stochastically(weight[i], w, high_half(bits));
       else store(weight[i], w);
     };
-    if constexpr (OPTIONS.masked) {
-      // A word after the other: with their length known, loops take half the time.
-      for (; start < stop; start += 32) {
-        const uint32_t word = words[start / 32], place = uint32_t(start) * WEYL;
-        if (stop - start >= 32) {
-          IN_ANY_ORDER
-          for (int bit = 0; bit < 32; bit++) move(start + bit, word, bit, place + bit * WEYL);
-        } else {
-          IN_ANY_ORDER
-          for (int bit = 0; bit < stop - start; bit++) move(start + bit, word, bit, place + bit * WEYL);
-        }
-      }
-    } else {
+    // What is streamed in one go must stay in the first cache until it is moved.
+    constexpr int64_t PART = OPTIONS.streamed ? 8192 / sizeof(T) : CHUNK;
+    for (int64_t end; start < stop; start = end) {
+      end = smaller(stop, start + PART);
+      if (OPTIONS.streamed) stream(kept + start, weight + start, end - start);
       uint32_t place = uint32_t(start) * WEYL;
-      IN_ANY_ORDER
-      for (int64_t i = start; i < stop; i++, place += WEYL) move(i, 0, 0, place);
+      if constexpr (OPTIONS.masked) {
+        int64_t i = start;
+        // A word after the other: with their length known, loops take half the time.
+        for (; i + 32 <= end; i += 32, place += 32 * WEYL) {
+          const uint32_t word = words[i / 32];
+          IN_ANY_ORDER
+          for (int bit = 0; bit < 32; bit++) move(i + bit, word, bit, place + bit * WEYL);
+        }
+        for (int bit = 0; i + bit < end; bit++) move(i + bit, words[i / 32], bit, place + bit * WEYL);
+      } else {
+        IN_ANY_ORDER
+        for (int64_t i = start; i < end; i++, place += WEYL) move(i, 0, 0, place);
+      }
     }
   });
 }

@@ -1,9 +1,8 @@
 // What an optimizer does with one element: the new weight and state, and whether they may be kept.
 //
-// A rule has the name that it has in spec.DESCEND, from which the struct of its coefficients is generated. From lane
-// FIRST_STOCHASTIC of its state on, lanes are rounded stochastically. `step` makes the new weight and state of the clean
-// weight `w`, the gradient `g`, and the lanes of the state, of which there are COUNT; `from_anchor` is w - anchor, or w
-// where there is no anchor.
+// A rule has the name that it has in spec.DESCEND, from which the struct of its coefficients is generated. `step` makes
+// the new weight and state of the clean weight `w`, the gradient `g`, and the lanes of the state, of which there are
+// COUNT; `from_anchor` is w - anchor, or w where there is no anchor.
 #pragma once
 
 #include "numbers.h"
@@ -20,19 +19,18 @@ inline C decayed(C w, C from_anchor, C decay) {
 struct adamw {
   template <typename C>
   using Coefficients = coefficients::adamw<C>;
-  static constexpr int FIRST_STOCHASTIC = 1;
 
   template <bool ANCHORED, int COUNT, typename C>
   static bool step(const Coefficients<C>& c, C& w, C g, C from_anchor, C* state) {
     const C m = state[0] + c.new1 * (g - state[0]), v = c.beta2 * state[1] + c.new2 * (g * g);
     w = decayed<ANCHORED>(w, from_anchor, c.decay);
     const C top = COUNT == 3 ? maximum(state[2], v) : v;
-    const C denom = std::sqrt(top) * c.inv_sqrt_bias2 + c.eps;
+    const C denom = square_root(top) * c.inv_sqrt_bias2 + c.eps;
     w -= c.step_size * choose(denom > 0, m / denom, C(0));
     state[0] = m;
     state[1] = v;
     state[2] = top;
-    return v < C(INFINITY);
+    return v < C(INF);
   }
 };
 
@@ -40,7 +38,6 @@ struct adamw {
 struct sgd {
   template <typename C>
   using Coefficients = coefficients::sgd<C>;
-  static constexpr int FIRST_STOCHASTIC = 1;
 
   template <bool ANCHORED, int COUNT, typename C>
   static bool step(const Coefficients<C>& c, C& w, C g, C from_anchor, C* state) {
@@ -59,7 +56,6 @@ struct sgd {
 struct lion {
   template <typename C>
   using Coefficients = coefficients::lion<C>;
-  static constexpr int FIRST_STOCHASTIC = 1;
 
   template <bool ANCHORED, int COUNT, typename C>
   static bool step(const Coefficients<C>& c, C& w, C g, C from_anchor, C* state) {

@@ -17,12 +17,14 @@ inline T* at(int64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // With fewer elements other threads would come too late to help.
 constexpr int64_t ALONE = 1 << 15;
 inline int threads_for(int64_t elements, int threads) { return elements > ALONE ? threads : 1; }
 
-// Calls `work(s, start, stop)` for each chunk of each segment. A thread gets neighbouring chunks, and all threads about as
-// many elements. Which threads there are changes no result: a chunk's work depends on no other chunk.
+// Calls `work(s, start, stop)` for each chunk of each segment. A thread gets neighbouring chunks, and all threads about
+// as many elements. How many threads there are changes no result: a chunk's work depends on no other chunk.
 template <typename F>
 void for_each_chunk(const Segment* segments, int64_t count, int threads, const F& work) {
   int64_t elements = 0;
@@ -37,7 +39,7 @@ void for_each_chunk(const Segment* segments, int64_t count, int threads, const F
       const int64_t length = segments[s].length;
       int64_t start = before < first ? (first - before + CHUNK - 1) / CHUNK * CHUNK : 0;
       for (; start < length && before + start < last; start += CHUNK)
-        work(s, start, start + CHUNK < length ? start + CHUNK : length);
+        work(s, start, smaller(start + CHUNK, length));
       before += length;
     }
   }

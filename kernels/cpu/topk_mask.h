@@ -1,9 +1,6 @@
 // The exact k largest magnitudes as a bit-packed mask: a radix select's counts of digits, and the mask itself.
 #pragma once
 
-#include <cstring>
-#include <vector>
-
 #include "numbers.h"
 #include "segments.h"
 
@@ -19,13 +16,13 @@ template <typename T>
 struct KeyOf<int64_t, T> {
   static int64_t of(T x) {
     const uint32_t key = magnitude(x);
-    return std::bit_cast<int64_t>(double(float_of(key & -uint32_t(key <= 0x7F800000u))));
+    return int64_t(bits_of(double(float_of(key & -uint32_t(key <= 0x7F800000u)))));
   }
 };
 template <>
 struct KeyOf<int64_t, double> {
   static int64_t of(double x) {
-    const int64_t key = std::bit_cast<int64_t>(x) & 0x7FFFFFFFFFFFFFFF;
+    const int64_t key = int64_t(bits_of(x)) & 0x7FFFFFFFFFFFFFFF;
     return key & -int64_t(key <= 0x7FF0000000000000);
   }
 };
@@ -35,17 +32,17 @@ constexpr int64_t GROUP = 64;
 // Counts of neighbours go to different tables: one cannot be added to again at once.
 constexpr int TABLES = 8, BINS = 256;
 
-// hist <- how many keys of `values` [n] agree with `prefix` above the digit, by the digit's value; digits of up to 8 bits.
+// hist <- how many keys of `values` [n] agree with `prefix` above the digit, by the digit's value, of up to 8 bits.
 template <typename T, typename Key>
 void digit_histogram(const T* values, int64_t n, int64_t prefix, int shift, int bits, int64_t* hist, int threads) {
   const Key above = Key(prefix >> shift >> bits), digits = (Key(1) << bits) - 1;
 #pragma omp parallel num_threads(threads_for(n, threads))
   {
     // The last bin is for keys of another prefix.
-    std::vector<int64_t> own(TABLES * (BINS + 1));
+    int64_t own[TABLES * (BINS + 1)] = {};
 #pragma omp for schedule(static)
     for (int64_t start = 0; start < n; start += GROUP) {
-      const int size = int(std::min(GROUP, n - start));
+      const int size = int(smaller(GROUP, n - start));
       int bins[GROUP], same = 0;
       for (int i = 0; i < size; i++) {
         const Key key = KeyOf<Key, T>::of(values[start + i]);
@@ -75,14 +72,14 @@ int64_t ties_of(const T* values, int64_t n, Key threshold) {
 // Eight bytes of 0 or 1 as the bits of one.
 inline uint32_t packed(const uint8_t* flags) {
   uint64_t all;
-  std::memcpy(&all, flags, 8);
+  __builtin_memcpy(&all, flags, 8);
   return uint32_t(all * 0x0102040810204080u >> 56);
 }
 
 template <typename Key, typename T>
 void write_part(uint32_t* mask, const T* values, int64_t n, Key threshold, int64_t quota) {
   for (int64_t start = 0; start < n; start += 32) {
-    const int size = int(std::min<int64_t>(32, n - start));
+    const int size = int(smaller(32, n - start));
     int ties = 0;
     uint8_t above[32] = {}, tie[32] = {};
     for (int i = 0; i < size; i++) {
@@ -100,23 +97,24 @@ void write_part(uint32_t* mask, const T* values, int64_t n, Key threshold, int64
   }
 }
 
-// Bit i of `mask` [ceil(n / 32)] <- key i is above the threshold, or one of the first `quota` that equal it. Returns the
-// quota that is left.
+// Bit i of `mask` [ceil(n / 32)] <- key i is above the threshold, or one of the first `quota` that equal it. Returns
+// the quota that is left.
 template <typename T, typename Key>
 int64_t write_mask(uint32_t* mask, const T* values, int64_t n, int64_t threshold, int64_t quota, int threads) {
   const int64_t parts = (n + PART - 1) / PART;
   int64_t all = 0;
-  std::vector<int64_t> before(parts);
+  int64_t* const before = new int64_t[parts];
 #pragma omp parallel for schedule(static) num_threads(threads_for(n, threads))
   for (int64_t p = 0; p < parts; p++)
-    before[p] = ties_of<Key>(values + p * PART, std::min(PART, n - p * PART), Key(threshold));
-  for (int64_t& ties : before) {
-    all += ties;
-    ties = all - ties;
+    before[p] = ties_of<Key>(values + p * PART, smaller(PART, n - p * PART), Key(threshold));
+  for (int64_t p = 0; p < parts; p++) {
+    all += before[p];
+    before[p] = all - before[p];
   }
 #pragma omp parallel for schedule(static) num_threads(threads_for(n, threads))
   for (int64_t p = 0; p < parts; p++)
-    write_part<Key>(mask + p * PART / 32, values + p * PART, std::min(PART, n - p * PART), Key(threshold),
-                    std::max<int64_t>(quota - before[p], 0));
-  return std::max<int64_t>(quota - all, 0);
+    write_part<Key>(mask + p * PART / 32, values + p * PART, smaller(PART, n - p * PART), Key(threshold),
+                    quota - before[p]);
+  delete[] before;
+  return quota > all ? quota - all : 0;
 }

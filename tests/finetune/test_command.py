@@ -9,10 +9,11 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from fsam_triton import finetune, recipes  # noqa: E402
+from fsam_triton import finetune  # noqa: E402
 from fsam_triton.finetune import command  # noqa: E402
 from fsam_triton.finetune.options import SAM_TYPES  # noqa: E402
 from fsam_triton.finetune.parser import parse  # noqa: E402
+from fsam_triton.optim import recipes  # noqa: E402
 from tests.finetune.running import results, trained  # noqa: E402
 
 

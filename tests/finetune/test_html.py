@@ -74,6 +74,7 @@ class Made:
     argv: list
     folder: object
     printed: str
+    progress: str
     path: object
     page: Page
 
@@ -87,11 +88,11 @@ def made(tiny_bert, tmp_path_factory):
     data.write_text("label,text\n" + "".join(f"{label},the film was {words[label]}\n" for label in LABELS * 12))
     argv = ["--model_name_or_path", tiny_bert, "--train_file", str(data), "--validation_file", str(data)]
     argv += ["--output_dir", str(folder / "out"), "--report", str(folder / "page"), "--max_steps", "3", "--use_cpu"]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    printed, progress = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress):
         assert finetune.main(argv) == 0
     path = folder / "page" / "report.html"
-    return Made(argv, folder, printed.getvalue(), path, Page(path.read_text(encoding="utf-8")))
+    return Made(argv, folder, printed.getvalue(), progress.getvalue(), path, Page(path.read_text(encoding="utf-8")))
 
 
 def test_page_refers_to_nothing_outside_itself(made):
@@ -177,6 +178,39 @@ def test_mask_of_a_fisher_type_is_a_table_of_its_densities(made):
 
 def json_of(made):
     return results(made.folder)
+
+
+def test_table_of_a_mask_ends_with_the_share_of_all_layers(made, tiny_bert):
+    rows = {row[0]: row[1:] for row in made.page.rows[7:]}
+    model, _ = models.load_model(tiny_bert, LABELS)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    (densities,) = [run["mask_density"] for run in json_of(made)["runs"] if run["mask_density"]]
+    name = "attention.self.query.weight"
+    both = [densities[f"bert.encoder.layer.{i}.{name}"] for i in (0, 1)]
+    assert rows["all layers"][rows["layer"].index(name)] == f"{100 * sum(both) / 2:.3g}"
+    share = sum(densities[name] * sizes[name] for name in sizes) / sum(sizes.values())
+    assert f"Perturbed by Fisher-SAM, last mask: {100 * share:.3g} % of all weights" in made.page.text
+
+
+def test_share_of_all_layers_counts_weights():
+    densities = {"a.0.w": 0.5, "a.1.w": 0.25, "head.b": 1.0}
+    *_, shares, share = html_report.mask_table(densities, {"head.b": 2, "a.1.w": 4, "a.0.w": 12, "other": 100})
+    assert shares == [7 / 16, 1.0]
+    assert share == 9 / 18
+
+
+def test_sharpness_at_unequal_losses_is_not_to_be_compared(made, tmp_path):
+    losses = sorted(float(row[1]) for row in made.page.rows[4:7])
+    assert f"The rows are at different losses, from {losses[0]:.3g} to {losses[-1]:.3g}." in made.page.text
+    page = written(tmp_path, [probe.Sharpness("AdamW", loss=0.5)]).read_text(encoding="utf-8")
+    assert "different losses" not in page
+
+
+def test_what_is_being_measured_is_said_before_and_meanwhile(made):
+    lines = made.printed.splitlines()
+    assert lines.index("measuring sharpness and loss landscapes of 3 models") < len(lines) - 2
+    for what in ("before training: m sharpness", "AdamW: landscape", "Fisher-SAM: eigenvalue", "14/14"):
+        assert what in made.progress
 
 
 def test_mask_of_the_trained_weights_is_shown_once():

@@ -8,7 +8,7 @@ from fsam_triton.finetune.checks import check_arguments, check_mask, check_mixup
 from fsam_triton.finetune.errors import InputError
 from fsam_triton.finetune.optimizers import build_mixup, build_optimizer
 from fsam_triton.finetune.options import FISHER, MEANINGS, SAM_TYPES, TRAINABLE, Arguments
-from fsam_triton.recipes import SAM_TYPES as FSAM_CODES_TYPES
+from fsam_triton.optim.recipes import SAM_TYPES as FSAM_CODES_TYPES
 
 EVERYTHING = {
     "alpha": 0.2,
@@ -33,9 +33,11 @@ def test_types_of_the_fsam_code_are_those_of_from_sam_type(sam_type):
     if sam_type.endswith("gsam"):
         options["alpha"] = EVERYTHING["alpha"]
     theirs = FSAM.from_sam_type(sam_type, torch.nn.Linear(8, 8).named_parameters(), mask_iter_e=7, **options)
-    for name in ("alpha", "beta", "beta_per", "gamma", "mask"):
+    for name in ("alpha", "gamma", "mask"):
         assert getattr(ours, name) == getattr(theirs, name)
-    assert ours.mask_norm == ("masked" if sam_type in FISHER else "all")
+    for name in ("beta", "beta_per"):
+        assert getattr(ours.ascent, name) == getattr(theirs.ascent, name)
+    assert ours.ascent.mask_norm == ("masked" if sam_type in FISHER else "all")
     assert ours.param_groups[0]["rho"] == theirs.param_groups[0]["rho"]
 
 
@@ -44,7 +46,7 @@ def test_the_other_types_are_their_classes():
     assert type(built("momentum-sam", **EVERYTHING)) is MomentumSAM
     asam = built("asam", **EVERYTHING)
     assert asam.param_groups[0]["adaptive"]
-    assert (asam.mask, asam.alpha, asam.beta, asam.gamma) == (None, 0, 1, 1)
+    assert (asam.mask, asam.alpha, asam.ascent.beta, asam.gamma) == (None, 0, 1, 1)
 
 
 def test_mask_options_are_those_of_fisher_mask():
@@ -221,12 +223,26 @@ def test_unusable_values_are_named_as_on_the_command_line(sam_type, options, mes
         ({"mixup_lambda": 0.5, "mixup_start": 2.0}, "Invalid --mixup_start: 2.0; must be in [0, 1]"),
         ({"mixup_start": 0.0}, "--mixup_where and --mixup_start need --mixup_alpha or --mixup_lambda"),
         (
+            {"gradient_accumulation_steps": 2, "sam_type": ["esam"]},
+            "--gradient_accumulation_steps with an esam type needs --gamma 1: samples are chosen from the whole batch",
+        ),
+        ({"gradient_accumulation_steps": 0}, "Invalid --gradient_accumulation_steps: 0; must be > 0"),
+        ({"save_steps": 0}, "Invalid --save_steps: 0; must be > 0"),
+        (
+            {"save_steps": 2, "trainable": "fish", "local_steps": 2},
+            "--save_steps and --resume_from_checkpoint exclude --local_steps: a checkpoint is of one process",
+        ),
+        (
+            {"resume_from_checkpoint": True, "overwrite_output_dir": True},
+            "--overwrite_output_dir and --resume_from_checkpoint exclude each other",
+        ),
+        (
             {"mixup_alpha": 1.0, "sam_type": ["sam", "esam"]},
             "mixup with an esam type needs --gamma 1: rows are mixed with rows of the whole batch",
         ),
     ],
 )
-def test_averages_mixup_and_smoothing_that_cannot_be_are_refused(options, message):
+def test_options_that_cannot_be_together_are_refused(options, message):
     with pytest.raises(InputError) as error:
         check_arguments(Arguments(**options))
     assert str(error.value) == message

@@ -77,6 +77,28 @@ def test_json_integers_and_booleans_are_labels_like_those_of_a_csv_file(write):
     assert read.labels == ["1", "true"]
 
 
+def test_json_numbers_that_are_whole_are_labels_like_those_of_a_csv_file(write):
+    read = read_texts(write("a.jsonl", '{"text": "a", "label": 1.0}\n{"text": "b", "label": 0.0}\n'))
+    assert read.labels == ["1.0", "0.0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'label,text\npos , fine\n" pos",dull\n'),
+        ("a.tsv", "label\ttext\npos \t fine\n\u00a0pos\tdull\n"),
+        ("a.jsonl", '{"label": "pos\\t", "text": " fine"}\n{"label": "\\npos", "text": "dull"}\n'),
+    ],
+)
+def test_white_space_around_a_label_does_not_count_but_that_around_a_text_does(write, name, content):
+    read = read_texts(write(name, content))
+    assert (read.rows, read.labels) == ([(" fine",), ("dull",)], ["pos", "pos"])
+
+
+def test_columns_without_a_name_may_be_several(write):
+    assert read_texts(write("a.csv", "label,text,,\nyes,fine,,\n")).rows == [("fine",)]
+
+
 def test_sentence1_and_sentence2_are_read_as_pairs(write):
     read = read_texts(write("a.tsv", "idx\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n"))
     assert read.rows == [("a", "b")]
@@ -120,10 +142,24 @@ def test_file_without_labels_can_be_read_for_predicting(write):
         ("a.csv", b"label,text\nyes,a\nno,caf\xe9\n", r"a\.csv:3: not UTF-8 \(byte 0xe9 at offset 23\)"),
         ("a.csv", b"\xef\xbb\xbflabel,text\nno,caf\xe9\n", r"a\.csv:2: not UTF-8 \(byte 0xe9 at offset 20\)"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', r"a\.jsonl:2: not JSON \(Expecting value\)"),
-        ("a.json", '[{"text": "a", "label": 1}]', r"a\.json:1: a JSON list; one object a line"),
+        ("a.json", '[{"text": "a", "label": 1}]', r"a\.json:1: a JSON list; one object per line"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}', r"a\.jsonl:2: no column 'label'"),
         ("a.jsonl", '{"text": null, "label": 1}', r"a\.jsonl:1: 'text' is null; a string"),
         ("a.jsonl", '{"text": "a", "label": 1.5}', r"a\.jsonl:1: 'label' is 1\.5; a string or an integer"),
+        ("a.csv", "label,text,text\nyes,a,b\n", r"a\.csv:1: the header names 'text' twice"),
+        ("a.tsv", "label\tlabel\ttext\nyes\tno\ta\n", r"a\.tsv:1: the header names 'label' twice"),
+        ("a.jsonl", '{"text": "a", "label": 1, "text": "b"}', r"a\.jsonl:1: an object has 'text' twice"),
+        ("a.jsonl", '\n{"text": "cut \\ud83d", "label": 1}', r"a\.jsonl:2: 'text' has \\ud83d, half of a character"),
+        ("a.jsonl", '{"text": "\\udcff", "label": 1}', r"a\.jsonl:1: 'text' has \\udcff, half of a character"),
+        ("a.jsonl", '{"text": "a", "label": "\\ud83d"}', r"a\.jsonl:1: 'label' has \\ud83d, half of a character"),
+        ("a.csv", 'label,text\n"a\tb",x\n', r"a\.csv:2: 'label' is \"a\\tb\"; a label is one line without tabs"),
+        ("a.csv", 'label,text\n"a\nb",x\n', r"a\.csv:3: 'label' is \"a\\nb\"; a label is one line without tabs"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": "a\\u2028b"}',
+            r"a\.jsonl:1: 'label' is \"a\\u2028b\"; a label is one line",
+        ),
+        ("a.csv", "label,text\n ,a\n", r"a\.csv:2: 'label' is \" \"; a string or an integer"),
         ("a.xlsx", "PK", r"a\.xlsx: unknown extension '\.xlsx'; accepted: \.csv, \.tsv, \.json, \.jsonl"),
     ],
 )
@@ -145,6 +181,30 @@ def test_other_labels_are_sorted_as_strings():
     assert label_names(texts(["b", "10", "2", "a"])) == ["10", "2", "a", "b"]
 
 
+def test_whole_numbers_with_a_point_are_labels_sorted_by_value():
+    assert label_names(texts(["10.0", "2.0", "2.0"])) == ["2.0", "10.0"]
+
+
+def test_both_halves_of_a_character_are_the_character(write):
+    read = read_texts(write("a.jsonl", '{"text": "\\ud83d\\ude00", "label": "\\ud83d\\ude00"}'))
+    assert (read.rows, read.labels) == ([("\U0001f600",)], ["\U0001f600"])
+
+
+@pytest.mark.parametrize("labels", [["0.37", "1", "0"], ["0.1", "0.9"], ["-1e-3", "2"]])
+def test_labels_of_a_regression_are_refused(labels):
+    with pytest.raises(InputError, match=r"made up: label '\S+' is a number that is not whole; .* regression is not"):
+        label_names(texts(labels))
+
+
+def test_versions_among_words_are_labels():
+    assert label_names(texts(["1.5", "2.0", "none", "1.10"])) == ["1.10", "1.5", "2.0", "none"]
+
+
+def test_labels_that_are_one_number_in_two_ways_of_writing_are_refused():
+    with pytest.raises(InputError, match=r"made up: labels '1(\.0)?' and '1(\.0)?' are the same number"):
+        label_names(texts(["0", "1", "1.0"]))
+
+
 def test_single_label_is_refused():
     with pytest.raises(InputError, match="made up: only one label, 'yes'"):
         label_names(texts(["yes", "yes"]))
@@ -153,6 +213,14 @@ def test_single_label_is_refused():
 def test_label_that_never_occurs_in_training_is_named():
     with pytest.raises(InputError, match="made up: label 'maybe' never occurs in training; seen: no, yes"):
         label_ids(texts(["yes", "maybe"]), ["no", "yes"])
+
+
+@pytest.mark.parametrize(("label", "names", "written"), [("1.0", ["0", "1"], "1"), ("1", ["0.0", "1.0"], "1.0")])
+def test_label_that_is_written_in_another_way_in_training_is_told_which(label, names, written):
+    with pytest.raises(
+        InputError, match=rf"label '{label}' never occurs in training; there it is written '{written}'$"
+    ):
+        label_ids(texts([label]), names)
 
 
 def test_sample_is_the_same_each_time_and_keeps_texts_and_labels_together():

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from fsam_triton import FSAM, AdamWL2SP, FisherMask, FishMask, MomentumSAM, Schedule
-from fsam_triton.sharded import local
+from fsam_triton.buffers.sharded import local
 from tests.processes import eager_passes, run_example, spawn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -324,7 +324,7 @@ def masks_of_ties(mesh: DeviceMesh | None = None) -> dict:
         assign_gradients(model, 0, torch.round)
         optimizer.perturb()
         out[str(ratio)] = result_of(optimizer, [])["masks"]
-        out[f"density {ratio}"] = optimizer.mask.density_by_tensor()
+        out[f"density {ratio}"] = optimizer.mask_density()
     return out
 
 
@@ -355,9 +355,6 @@ REFUSED = {
     "Invalid trainable: 'a FishMask'; must be None": lambda meshes: AdamWL2SP(
         sharded_model(meshes).named_parameters()
     ).set_trainable(some_weights()),
-    "Invalid static_grads: True; must be False with sharded parameters": lambda meshes: AdamWL2SP(
-        sharded_model(meshes).parameters(), static_grads=True
-    ),
     "Invalid mask.unit: 'row'; must be 'element' with sharded parameters": lambda meshes: FSAM(
         sharded_model(meshes).named_parameters(), mask=FisherMask(0.5, unit="row")
     ),

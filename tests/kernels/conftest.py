@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,3 +24,16 @@ def interpret(pytestconfig) -> Callable:
             patch.syspath_prepend(pytestconfig.rootpath)
             assert executor.submit(ops.interpreting).result()
         yield lambda launcher, *args: executor.submit(launcher, *args).result()
+
+
+@pytest.fixture(scope="session")
+def kernels(interpret) -> SimpleNamespace:
+    """The four passes over segments as the kernels do them, in place of the module `reference`."""
+    from fsam_triton.kernels import descend, gap, norm, perturb
+
+    return SimpleNamespace(
+        norm_sq=lambda *args: interpret(norm.norm_sq, *args),
+        gap=lambda *args: interpret(gap.gap, *args),
+        perturb_=lambda *args: interpret(perturb.perturb_, *args),
+        descend_=lambda *args: interpret(descend.descend_, *args),
+    )
