@@ -56,9 +56,9 @@ def uniform(rand: Tensor) -> Tensor:
 def stochastic_round(x: Tensor, rand: Tensor, dtype: torch.dtype) -> Tensor:
     """fp32 `x` rounded to one of its two neighbours in `dtype`, so that the mean over `rand` is `x`.
 
-    bf16 numbers are the upper halves of fp32 ones: a random number is added to the bits and the lower half cut off, which
-    rounds away from zero with a probability of exactly the lower half's share. fp16: `round(x + (U - 1/2) step)`, U
-    uniform on odd multiples of 2**-13. A value that `dtype` can hold stays as it is, and a finite one stays finite.
+    bf16 numbers are the upper halves of fp32 ones: a random number is added to the bits and the lower half cut off,
+    which rounds away from zero with a probability of exactly the lower half's share. fp16: `round(x + (U - 1/2) step)`,
+    U uniform on odd multiples of 2**-13. A value that `dtype` can hold stays as it is, and a finite one stays finite.
 
     Args:
         x: fp32.
@@ -84,8 +84,8 @@ def stochastic_round(x: Tensor, rand: Tensor, dtype: torch.dtype) -> Tensor:
 def combine(weight: Tensor, remainder: Tensor) -> Tensor:
     """The fp32 master weights of which `weight` is the rounding: their bits are those of the weights plus `remainder`.
 
-    Whatever somebody else has written into the weights is the master then, to within the old remainder. One that does not
-    fit counts as zero: below a zero there is no number, and in fp16 the remainder of a subnormal number is large.
+    Whatever somebody else has written into the weights is the master then, to within the old remainder. One that does
+    not fit counts as zero: below a zero there is no number, and in fp16 the remainder of a subnormal number is large.
 
     Args:
         weight: bf16 or fp16.
@@ -295,8 +295,8 @@ def perturb_(
 ) -> None:
     """backup <- w, w <- round(w + scale s g), s = w^2 (ASAM, arXiv 2102.11600 eq. 9) or 1 (SAM, 2010.01412 eq. 2).
 
-    Where eps is not finite the weight stays. With `random` each coordinate moves with a probability of its own draw only
-    (ESAM's stochastic weight perturbation, arXiv 2110.03141, section 3.1).
+    Where eps is not finite the weight stays. With `random` each coordinate moves with a probability of its own draw
+    only (ESAM's stochastic weight perturbation, arXiv 2110.03141, section 3.1).
 
     Args:
         segments: weights, written; gradients in any float type.

@@ -6,7 +6,7 @@ from __future__ import annotations
 BLOCK = 1024
 # Elements of one partial sum. It belongs to one segment, so sums depend neither on a device nor on other segments.
 CHUNK = 16 * BLOCK
-# In a lane every segment begins on a multiple of so many elements: vector loads, and a word of a mask, which has 32 bits.
+# In a lane every segment begins on a multiple of so many elements: vector loads, and a mask's words of 32 bits.
 ALIGN = 32
 
 # Columns of a segment table, int64 [segments, len(TABLE)]; see `segments.Segments`.

@@ -191,7 +191,7 @@ def test_time_is_bytes_over_bandwidth():
 
 
 def test_share_of_the_bandwidth_is_what_instructions_leave():
-    """100 processors of 1 GHz start 12.8e12 instructions of a lane a second: 16 take 1.25 ps, 4 bytes 4 ps at 1 TB/s."""
+    """100 processors of 1 GHz start 12.8e12 instructions a second: 16 take 1.25 ps, and 4 bytes 4 ps at 1 TB/s."""
     device = codegen.Device("sm_90", 1e12, 100, 1e9)
     assert device.share(4, 16) == 1.0
     assert device.share(4, 4 * 12.8 * 2) == pytest.approx(0.5)

@@ -458,9 +458,10 @@ class Lanes:
         for p, published, places in zip(self.params, self._published, self._published_at, strict=True):
             there = dict(zip(published, places, strict=True))
             for name, value in (state.get(p) or {}).items():
-                if isinstance(value, Tensor) and (address := self._address(value)) in own:
-                    if value is not published.get(name) or address != there[name]:
-                        state[p][name] = value.clone()
+                if not isinstance(value, Tensor) or (address := self._address(value)) not in own:
+                    continue
+                if value is not published.get(name) or address != there[name]:
+                    state[p][name] = value.clone()
 
     def _names(self) -> list[str]:
         return ["step", *(name for name in SHOWN if name in self.lanes)]

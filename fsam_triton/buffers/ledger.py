@@ -47,7 +47,7 @@ class Ledger:
         self._params: list[Parameter] | None = None
         self._structures: list[Hashable] = []
         self._idle: list[Parameter] = []
-        # The numbers of parameters whose memory an earlier one has too, and how often any had moved when they were found.
+        # The numbers of parameters whose memory an earlier one has too, and how often any had moved when that was seen.
         self._sharing: list[int] = []
         self._moves = 0
         # The keys and values of `state` when it was last followed.
@@ -174,10 +174,11 @@ class Ledger:
         """Anchors outlive a state that was thrown away."""
         for i, p in enumerate(lanes.params):
             old, j = before.get(p, (None, 0))
-            if old is not None and "anchor" in old.lanes and old.has_anchor(j) and type(old) is type(lanes):
-                if old.shapes[j] == lanes.shapes[i]:
-                    lanes.lane("anchor", lanes.dtype)
-                    lanes.set(i, "anchor", old.views("anchor")[j], like_parameter=False)
+            if old is None or "anchor" not in old.lanes or not old.has_anchor(j):
+                continue
+            if type(old) is type(lanes) and old.shapes[j] == lanes.shapes[i]:
+                lanes.lane("anchor", lanes.dtype)
+                lanes.set(i, "anchor", old.views("anchor")[j], like_parameter=False)
 
     def collect(
         self, groups: list[dict], state: dict, with_state: bool = True

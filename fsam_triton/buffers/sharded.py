@@ -139,7 +139,7 @@ class ShardedLanes(Lanes):
         return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
     def _as_placed(self, i: int, source: Tensor) -> Tensor:
-        """This rank's part of a tensor like parameter i, if that is a DTensor; tensor parallelism leaves partial ones."""
+        """This rank's part of a DTensor like parameter i, or another tensor; tensor parallelism leaves partial ones."""
         p = self.params[i]
         if is_sharded(source) and source.placements != p.placements:
             source = source.detach().redistribute(p.device_mesh, p.placements)

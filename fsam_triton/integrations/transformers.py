@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from ..optim.adamw_l2sp import AdamWL2SP
 from ..errors import check
+from ..optim.adamw_l2sp import AdamWL2SP
 from ..optim.fsam import FSAM
 
 

@@ -32,7 +32,8 @@ class AdamWL2SP(FusedOptimizer):
             flatten and seed of `FusedOptimizer`.
 
     Raises:
-        ArgumentError: an argument is out of its range, a trained parameter is complex or sparse, an anchor does not fit.
+        ArgumentError: an argument is out of its range, a trained parameter is complex or sparse, an anchor does not
+            fit.
 
     Example:
         >>> import torch

@@ -233,8 +233,8 @@ class Ascent:
         if by_tensor and not combines:
             if self._unmoved is None:
                 moved = tensors_chosen(list(ledger))
-                pairs = [(p, now) for lanes, own in zip(ledger, moved, strict=True) for p, now in zip(lanes.params, own, strict=True)]
-                self._unmoved = [p for p, now in pairs if not now]
+                pairs = [zip(lanes.params, own, strict=True) for lanes, own in zip(ledger, moved, strict=True)]
+                self._unmoved = [p for own in pairs for p, now in own if not now]
             out += self._unmoved
         left_out = set(out)
         return out if any(p.requires_grad and p not in left_out for p in is_known) else []
@@ -301,9 +301,7 @@ class Ascent:
     def _coefficients(self, lanes: Lanes, norm_sq: Tensor, rho: Mapping[int, float | Tensor]) -> Tensor:
         beta = coefficients.representable(self.beta) if self.draws_elements else self.beta
         rows = lanes.per_parameter("ascent", [(rho[id(group)] / beta,) for group in lanes.groups])[:, 0]
-        norm_sq, scale = (
-            None if t is None else t.to(lanes.device, non_blocking=True) for t in (norm_sq, self.scale)
-        )
+        norm_sq, scale = (None if t is None else t.to(lanes.device, non_blocking=True) for t in (norm_sq, self.scale))
         scales = coefficients.radius(rows, norm_sq, scale)
         return torch.stack([scales, torch.full_like(scales, beta - 0.5)], 1).to(compute_dtype(lanes.dtype))
 

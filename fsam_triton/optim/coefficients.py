@@ -33,7 +33,7 @@ def keys(step: Tensor, salt: Tensor, offset: Tensor) -> Tensor:
 
 
 def keys_of(lanes: Lanes, seed: int, purpose: int) -> Tensor:
-    """Keys of a pass over the parameters of lanes, int32 [parameters]: the same whatever lanes and shards they are in."""
+    """Keys of a pass over parameters, int32 [parameters]: the same whatever lanes and shards they are in."""
     salt = lanes.constant("salt", lambda: [member.number * 0xC2B2AE35 & _WORD for member in lanes.members])
     return keys(lanes.steps, salt + (seed * WEYL + purpose & _WORD), lanes.constant("start", lanes.starts))
 

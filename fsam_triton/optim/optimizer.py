@@ -105,7 +105,8 @@ class FusedOptimizer(Optimizer):
             ``nesterov``; or ``betas``.
 
     Raises:
-        ArgumentError: an argument is out of its range, a trained parameter is complex or sparse, an anchor does not fit.
+        ArgumentError: an argument is out of its range, a trained parameter is complex or sparse, an anchor does not
+            fit.
         TypeError: the rule has no such argument.
     """
 
@@ -626,7 +627,10 @@ class FusedOptimizer(Optimizer):
 
     # Attributes that a copy takes over as they are.
     _ARGUMENTS = frozenset(
-        "rule anchors max_grad_norm master_weights ema_decay stochastic_rounding seed trainable _shows_ema".split()
+        (
+            *("rule", "anchors", "max_grad_norm", "master_weights", "ema_decay"),
+            *("stochastic_rounding", "seed", "trainable", "_shows_ema"),
+        )
     )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -46,10 +46,10 @@ def rho_of(group: Mapping[str, Any], schedule: Schedule) -> float | Tensor:
     """A group's radius at this step."""
     # torch's OneCycleLR starts below the learning rate that it leads to, and writes that into the group.
     lr_max, peak = group.get("lr_max", 0.0), group.get("max_lr", 0.0)
-    if isinstance(lr_max, Tensor):
-        lr_max = lr_max.clamp(min=peak) if peak else lr_max
-    else:
+    if not isinstance(lr_max, Tensor):
         lr_max = max(lr_max, peak)
+    elif peak:
+        lr_max = lr_max.clamp(min=peak)
     return schedule.rho(group["updates"], group["rho"], group["lr"], lr_max)
 
 

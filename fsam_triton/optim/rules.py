@@ -1,11 +1,11 @@
-"""Rules: what an optimizer makes of a gradient. Their arithmetic is in `kernels/`; here are arguments and coefficients."""
+"""Rules: arguments and coefficients of what an optimizer makes of a gradient. Their arithmetic is in `kernels/`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Rule:
     """
 
     name: str
-    defaults: Mapping[str, Any]
+    defaults: ClassVar[Mapping[str, Any]]
     weight_decay: float
 
     @staticmethod
@@ -71,7 +71,7 @@ class AdamW(Rule):
     """AdamW (arXiv 1711.05101): betas, eps, amsgrad as torch.optim.AdamW has them."""
 
     name = "adamw"
-    defaults = {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False}
+    defaults: ClassVar = {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False}
     weight_decay = 1e-2
 
     @staticmethod
@@ -104,7 +104,7 @@ class SGD(Rule):
     """SGD: momentum, dampening, nesterov as torch.optim.SGD has them; decay is a part of the gradient, as there."""
 
     name = "sgd"
-    defaults = {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
+    defaults: ClassVar = {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
     weight_decay = 0.0
 
     @staticmethod
@@ -144,7 +144,7 @@ class Lion(Rule):
     """Lion (arXiv 2302.06675): betas (0.9, 0.99); decoupled decay."""
 
     name = "lion"
-    defaults = {"betas": (0.9, 0.99)}
+    defaults: ClassVar = {"betas": (0.9, 0.99)}
     weight_decay = 0.0
 
     @staticmethod

@@ -25,8 +25,8 @@ class SAM(TwoPass):
     r"""Sharpness-aware minimization around any optimizer: torch's Muon, an 8-bit or schedule-free Adam, your own.
 
     The norm, the perturbation with its backup, and the mask are `FSAM`'s fused passes; then the weights are put back,
-    to the bit, and the base optimizer takes its step with the gradients of the perturbed point. Its parameter groups and
-    state are shared: `param_groups` and `state` are the base's, with `rho` and `adaptive` in every group.
+    to the bit, and the base optimizer takes its step with the gradients of the perturbed point. Its parameter groups
+    and state are shared: `param_groups` and `state` are the base's, with `rho` and `adaptive` in every group.
 
     Args:
         base: the optimizer that takes the steps, already made.
@@ -221,5 +221,3 @@ class SAM(TwoPass):
         if ledger is not None and ledger.perturbed:
             with torch.no_grad():
                 ledger.restore()
-
-

@@ -27,9 +27,9 @@ class Schedule:
         rho_warmup: steps, counted from the first one in range, over which rho rises linearly from 0; >= 0, at most the
             steps in range (default: 0).
         rho_follows: ``"lr"``: rho falls and rises in proportion with the learning rate, from rho_min where that is 0 to
-            rho where it is lr_max or more (GSAM, arXiv 2203.08065, algorithm 1); it has the learning rate's warm-up, so not
-            with rho_warmup. ``"cosine"``: after rho_warmup, rho falls to rho_min at total_steps on half a cosine; needs
-            total_steps. None: rho is constant after rho_warmup (default: None).
+            rho where it is lr_max or more (GSAM, arXiv 2203.08065, algorithm 1); it has the learning rate's warm-up, so
+            not with rho_warmup. ``"cosine"``: after rho_warmup, rho falls to rho_min at total_steps on half a cosine;
+            needs total_steps. None: rho is constant after rho_warmup (default: None).
         rho_min: lowest rho after the warm-up, >= 0, needs rho_follows; a group whose rho is 0 stays at 0 (default:
             0.0).
         lr_max: learning rate at which rho is full, > 0, only with ``rho_follows="lr"`` (default: None, each group's

@@ -143,8 +143,8 @@ class TwoPass(Optimizer):
             self._unperturbed_steps += 1
         if self._unperturbed_steps == _FORGOTTEN:
             warnings.warn(
-                f"{type(self).__name__} has taken {_FORGOTTEN} steps and none was sharpness-aware: they are plain updates "
-                "without perturb() and a second backward() before step(), or step(closure), or SAMTrainer",
+                f"{type(self).__name__} has taken {_FORGOTTEN} steps and none was sharpness-aware: they are plain "
+                "updates without perturb() and a second backward() before step(), or step(closure), or SAMTrainer",
                 stacklevel=4,
             )
 
@@ -327,8 +327,8 @@ class TwoPass(Optimizer):
 
         Returns:
             For each parameter, by name or (the optimizer was given no names) by position over all groups as a string,
-            the fraction of its weights: 1.0 or 0.0 for one that the mask does not choose from, 0.0 for a frozen one, and
-            for any other before the first perturbation.
+            the fraction of its weights: 1.0 or 0.0 for one that the mask does not choose from, 0.0 for a frozen one,
+            and for any other before the first perturbation.
 
         Raises:
             RuntimeError: the optimizer has no mask.

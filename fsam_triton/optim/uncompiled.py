@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def uncompiled(function: F) -> F:
-    """`torch.compiler.disable`, once torch.compile is there: to import it takes seconds, and a cache folder it can use."""
+    """`torch.compiler.disable`, once torch.compile is there: importing it takes seconds and a cache folder."""
     disabled = None
 
     @functools.wraps(function)

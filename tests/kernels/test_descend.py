@@ -1,4 +1,4 @@
-"""The update: its kernel in the interpreter against the reference, to the bit, and what both promise of bad gradients."""
+"""The update: its kernel in the interpreter against the reference, to the bit, and what both do with bad gradients."""
 
 import math
 

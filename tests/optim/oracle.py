@@ -4,10 +4,10 @@ import dataclasses
 import math
 
 import torch
+from tests.programs import Program
 from torch import Tensor
 
 from fsam_triton import FisherMask, Schedule
-from tests.programs import Program
 from tests.reference import (
     DEFAULTS,
     ReferenceAdamW,

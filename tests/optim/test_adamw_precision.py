@@ -135,7 +135,7 @@ DOORS = {
     "data_in_place": lambda p: p.data.clamp_(-0.05, 0.05),
     "data_replaced": lambda p: setattr(p, "data", torch.full_like(p, 0.25)),
     "copy_": lambda p: p.copy_(torch.full_like(p, -0.75)),
-    "set_": lambda p: p.data.set_(torch.full_like(p, 0.125)),
+    "set_": lambda p: p.set_(torch.full_like(p, 0.125)),
     "half_of_them": lambda p: p.view(-1)[::2].zero_(),
 }
 

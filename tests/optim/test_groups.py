@@ -1,4 +1,4 @@
-"""`param_groups` is the truth: groups and parameters replaced, added, taken out, hyper-parameters changed in training."""
+"""`param_groups` is the truth: groups and parameters replaced, added, taken out, hyper-parameters changed."""
 
 import pytest
 import torch

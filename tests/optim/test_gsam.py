@@ -182,7 +182,7 @@ def test_second_gradient_in_the_memory_of_the_first_is_refused_and_the_weights_a
     weight.grad = gradient
     optimizer.perturb()
     weight.grad = gradient.mul_(2.0)
-    with pytest.raises(RuntimeError, match="number 0 .* gradient of its own"):
+    with pytest.raises(RuntimeError, match=r"number 0 .* gradient of its own"):
         optimizer.step()
     assert torch.equal(weight, torch.ones(8, 4))
 

@@ -9,14 +9,14 @@ import math
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from tests.oracle import Oracle
+from tests.programs import Failed, Model, Pass, Program, Stopped, fish_mask
 from torch import Tensor
 
 import fsam_triton
 from fsam_triton import ops
 from fsam_triton.buffers import Bucket
 from tests import programs
-from tests.oracle import Oracle
-from tests.programs import Failed, Model, Pass, Program, Stopped, fish_mask
 from tests.training import round_trip
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick")
