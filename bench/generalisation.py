@@ -388,7 +388,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="print the tables, train nothing")
     parser.add_argument("--page", type=Path, help="put the tables into this page instead, docs/evidence.md say")
     parser.add_argument("--runs", type=Path, default=RESULTS, help="file of results")
-    parser.add_argument("--film_reviews", type=Path, default=ROOT.parent / "shared/data/movie_reviews.tsv")
+    parser.add_argument("--film_reviews", type=Path, help="a TSV file of texts and labels; needed to train")
     options = parser.parse_args()
     if options.page:
         put_into(options.page, report(recorded(options.runs)))
@@ -396,6 +396,8 @@ def main() -> None:
     if options.report:
         print(report(recorded(options.runs)))
         return
+    if options.film_reviews is None:
+        parser.error("--film_reviews is needed to train")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)

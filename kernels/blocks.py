@@ -54,10 +54,10 @@ def locate(table_ptr, segments_ptr, first: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def pointer(ptr, place, WHOLE: tl.constexpr):
-    """To the first element of a block, a multiple of 16 bytes if WHOLE.
+    """To the first element of a block in a tensor or a lane; if WHOLE, a multiple of 16 bytes.
 
-    What holds for an anchor, an argument that is not specialised, does not hold for a tensor elsewhere: neither its
-    alignment nor its extent. Lanes are aligned in any case, but layouts must agree.
+    What a table counts from is an argument that is not specialised: what holds for it does not hold for a tensor
+    elsewhere, neither its alignment nor its extent. Lanes are aligned always, but layouts must agree.
     """
     ptr += place
     return tl.multiple_of(ptr, 16) if WHOLE else ptr

@@ -18,8 +18,8 @@ _COLUMNS = {rule: len(columns) for rule, columns in spec.DESCEND.items()}
 
 
 @triton.jit
-def _read(ptr, place, offs, inside, compute: tl.constexpr, WHOLE: tl.constexpr):
-    return widen(tl.load(pointer(ptr, place, WHOLE) + offs, mask=inside), compute)
+def _read(ptr, offs, inside, compute: tl.constexpr):
+    return widen(tl.load(ptr + offs, mask=inside), compute)
 
 
 @triton.jit
@@ -48,6 +48,7 @@ def _block(
     WHOLE: tl.constexpr,
     SIZE: tl.constexpr,
 ):
+    """SIZE elements of a block, from `first` on; the places are those of the block."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     compute: tl.constexpr = coef_ptr.dtype.element_ty
     offs = first + tl.arange(0, SIZE)
@@ -58,12 +59,16 @@ def _block(
         old_w = widen(clean, compute)
     else:
         old_w = combine(clean, tl.load(pointer(remainder_ptr, place, WHOLE) + offs, mask=inside))
-    g = _read(grad_ptr, grad_place, offs, inside, compute, WHOLE)
-    other = None if other_ptr is None else _read(other_ptr, other_place, offs, inside, compute, WHOLE)
-    anchor = None if anchor_ptr is None else _read(anchor_ptr, place, offs, inside, compute, WHOLE)
+    g = _read(pointer(grad_ptr, grad_place, WHOLE), offs, inside, compute)
+    other = None
+    if other_ptr is not None:
+        other = _read(pointer(other_ptr, other_place, WHOLE), offs, inside, compute)
+    anchor = None
+    if anchor_ptr is not None:
+        anchor = _read(pointer(anchor_ptr, place, WHOLE), offs, inside, compute)
     old_state = ()
     for i in tl.static_range(len(state_ptrs)):
-        old_state += (_read(state_ptrs[i], place, offs, inside, compute, WHOLE),)
+        old_state += (_read(pointer(state_ptrs[i], place, WHOLE), offs, inside, compute),)
 
     if other is not None:
         other *= tl.load(coef_ptr + _OTHER)

@@ -33,6 +33,7 @@ def _block(
     WHOLE: tl.constexpr,
     SIZE: tl.constexpr,
 ):
+    """SIZE elements of a block, from `first` on; the places are those of the block."""
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     compute: tl.constexpr = coef_ptr.dtype.element_ty
     offs = first + tl.arange(0, SIZE)

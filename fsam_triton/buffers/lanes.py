@@ -639,13 +639,8 @@ class Perturbed:
         out = torch.empty(0, dtype=self.lanes.dtype, device=self.lanes.device)
         return out.set_(self._storages[i], self._offsets[i], now.shape, self._strides[i])
 
-    def restore(self) -> None:
-        """Put back the clean weights, to the bit."""
-        self.settle()
-        self.put_back()
-
     def put_back(self) -> None:
-        """`restore` what is settled."""
+        """Put back the clean weights, to the bit, after `settle`."""
         self.lanes.write("backup", self.which())
         self.lanes.perturbed = None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .lanes import Lanes, Member, Moved, sharing
+from .lanes import Lanes, Member, Moved, Perturbed, sharing
 from .sharded import ShardedLanes, is_sharded, local, shard_dims
 from .sparse import SparseLanes
 
@@ -210,20 +210,29 @@ class Ledger:
         # What somebody has written meanwhile (by loading weights) is clean as it is.
         return None if lanes.perturbed.is_clean(i) else lanes.clean_parameter(i)
 
-    def restore(self) -> None:
-        """Put back the clean weights, to the bit, where parameters are perturbed."""
-        perturbed = [lanes.perturbed for lanes in self._all if lanes.perturbed is not None]
-        for own in perturbed:
-            own.settle()
-        # Where parameters share memory, a later one's backup has the perturbation of an earlier one.
-        for own in reversed(perturbed):
-            own.put_back()
+    def _perturbed(self) -> list[Perturbed]:
+        return [lanes.perturbed for lanes in self._all if lanes.perturbed is not None]
 
     def seal(self) -> None:
-        """Have all lanes know how passes have left their parameters, where one pass has written another one's."""
-        for lanes in self._all if self.shares else ():
-            if lanes.perturbed is not None:
-                lanes.perturbed.seal()
+        """Have all lanes know how passes have left their parameters, when none is to follow.
+
+        A pass over some lanes may count as writing parameters of others: views of one tensor share autograd's count.
+        """
+        if len(perturbed := self._perturbed()) > 1:
+            for own in perturbed:
+                own.seal()
+
+    def settle(self) -> None:
+        """Make the backups of what somebody has written into perturbed parameters, before a pass writes any of them."""
+        for own in self._perturbed():
+            own.settle()
+
+    def restore(self) -> None:
+        """Put back the clean weights, to the bit, where parameters are perturbed."""
+        self.settle()
+        # Where parameters share memory, a later one's backup has the perturbation of an earlier one.
+        for own in reversed(self._perturbed()):
+            own.put_back()
 
 
 def _is_idle(p: Parameter) -> bool:

@@ -337,6 +337,7 @@ class FusedOptimizer(Optimizer):
     def _update(self) -> None:
         """Restore, if perturbed, and apply the rule."""
         found = self._collect()
+        self.ledger.settle()
         if self.ledger.shares:
             # A weight that two parameters share is updated twice, each time from where the last update left it.
             self.ledger.restore()
@@ -349,15 +350,13 @@ class FusedOptimizer(Optimizer):
         updated = {id(half.lanes) for half in work}
         for lanes in self.ledger:
             if lanes.perturbed is not None and id(lanes) not in updated:
-                lanes.perturbed.restore()
+                lanes.perturbed.put_back()
             lanes.perturbed = None
 
     def _prepared(self, lanes: Lanes, grads: list[Tensor | None]) -> Half:
         """The launches of an update; parameters that are perturbed and take no part are restored."""
         self._allocate(lanes)
         clean = None
-        if lanes.perturbed is not None:
-            lanes.perturbed.settle()
         # Those that are updated for the first time have the state of the beginning.
         lanes.begin([grad is not None for grad in grads], self.state)
         if lanes.perturbed is not None:

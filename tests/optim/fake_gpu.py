@@ -14,7 +14,11 @@ import pytest
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -60,6 +64,7 @@ class FakeGPU(TorchDispatchMode):
         patch.setattr(Tensor, "data_ptr", lambda tensor: self._address(tensor))
         patch.setattr(Tensor, "pin_memory", lambda tensor: self._pin(tensor))
         patch.setattr(Tensor, "is_pinned", lambda tensor: getattr(tensor, "in_pinned_memory", False))
+        patch.setattr(torch, "isfinite", lambda tensor: tensor.abs() != float("inf"))
         # Without the guard of the device, which a PyTorch without CUDA does not have.
         patch.setattr(Tensor, "__getitem__", _item)
         patch.setattr(Tensor, "copy_", lambda tensor, *args, **kwargs: aten.copy_(tensor, *args, **kwargs))

@@ -4,10 +4,10 @@ import dataclasses
 import math
 
 import torch
-from tests.programs import Program
 from torch import Tensor
 
 from fsam_triton import FisherMask, Schedule
+from tests.optim.programs import Program
 from tests.reference import (
     DEFAULTS,
     ReferenceAdamW,
@@ -23,7 +23,7 @@ class Oracle(ReferenceFSAM):
     """The reference optimizers, driven by hand with the gradients that the library gets.
 
     Attributes:
-        eps: the perturbation at hand, or None; of MomentumSAM the last one also where it is not shown.
+        eps: the perturbation at hand, or None.
         eps_error: how far the library's may be from it, on top of `bound`; infinite where it cannot be compared: with
             equal scores a mask is a matter of order, and ESAM draws.
         updates: steps so far.
@@ -49,6 +49,8 @@ class Oracle(ReferenceFSAM):
         self.rounds = program.dtype == torch.bfloat16
         self.groups = list({id(entry.group): entry.group for entry in self.entries}.values())
         self.frozen: set[str] = set()
+        # The entries that were updated, if only by a step that was skipped.
+        self.begun: set[str] = set()
         self.eps: list[Tensor] | None = None
         self.first: list[Tensor | None] = []
         self.eps_error = 0.0
@@ -84,8 +86,17 @@ class Oracle(ReferenceFSAM):
     def set_trainable(self, weights: dict[str, Tensor], trained: dict[str, Tensor] | None) -> None:
         """Start anew from the present weights."""
         self.trained, self.eps = trained, None
+        self.begun.clear()
         for i, entry in enumerate(self.entries):
             self.entries[i] = self._entry(entry.name, double(weights[entry.name]), self.anchors, entry.group)
+
+    def edit(self, name: str, values: Tensor) -> None:
+        """Somebody has written these weights, which are clean."""
+        for i, entry in enumerate(self.entries):
+            if entry.name == name:
+                entry.weight = double(values)
+                if self.eps is not None:
+                    self.eps[i] = torch.zeros_like(entry.weight)
 
     def gradients_of(self, gradients: dict[str, Tensor | None]) -> list[Tensor | None]:
         """Those of the trained weights, in fp64, in the order of the entries."""
@@ -153,12 +164,13 @@ class Oracle(ReferenceFSAM):
 
     def descend(self, gradients: list[Tensor | None], skip: bool = False) -> None:
         """AdamW from the clean weights, unless the step is skipped."""
-        overflow = not math.isfinite(global_norm(gradients))
+        norm = global_norm(gradients)
+        self._begin(gradients)
         if self.alpha and self.eps is not None:
             first = [None if b is None else a for a, b in zip(self.first, gradients, strict=True)]
             self._stretch = max(self._stretch, self._lengths(first, gradients))
             gradients = self._narrow_gap(first, gradients)
-        skip = skip or (self.max_grad_norm is not None and overflow)
+        skip = skip or (self.max_grad_norm is not None and not math.isfinite(norm))
         self._largest = max(self._largest, _largest(gradients))
         self._largest_lr = max(self._largest_lr, *(float(group["lr"]) for group in self.groups))
         before = self.weights
@@ -169,8 +181,14 @@ class Oracle(ReferenceFSAM):
                 entry.weight = torch.where(self.trained[entry.name], entry.weight, weight)
         self.eps = None
         self.updates += 1
-        if self.kind == "MomentumSAM":
-            self._lean(overflow and not skip)
+
+    def _begin(self, gradients: list[Tensor | None]) -> None:
+        """Anchors are the weights before the first update."""
+        for entry, gradient in zip(self.entries, gradients, strict=True):
+            if gradient is not None and entry.name not in self.begun:
+                self.begun.add(entry.name)
+                if self.anchors == "initial":
+                    entry.anchor = entry.weight.clone()
 
     def _lengths(self, first: list[Tensor | None], second: list[Tensor | None]) -> float:
         """At most the sum of the magnitudes of the terms of GSAM's direction, (1 + alpha c) g2 and alpha g1."""
@@ -179,11 +197,17 @@ class Oracle(ReferenceFSAM):
             return 1.0
         return _largest(g2) * (1 + self.alpha * global_norm(g1) / global_norm(g2)) + self.alpha * _largest(g1)
 
-    def _lean(self, overflow: bool) -> None:
-        """MomentumSAM's perturbation for the next step; it is zero where the norm of the moment is not known."""
-        norm = global_norm(entry.exp_avg for entry in self.entries)
-        sharp = self.comes_sharp and not overflow
-        self.eps = [-self._rho(e.group) * sharp * e.exp_avg / (norm + 1e-12) for e in self.entries]
+    @property
+    def leans(self) -> bool:
+        """Whether a forward pass perturbs MomentumSAM's parameters."""
+        return self.comes_sharp and any(g["rho"] > 0 for g in self.groups) and not self.begun <= self.frozen
+
+    def lean(self) -> None:
+        """MomentumSAM's perturbation: along the moments of what is trained."""
+        moments = [e.exp_avg * (e.name not in self.frozen) for e in self.entries]
+        norm = global_norm(moments)
+        pairs = zip(self.entries, moments, strict=True)
+        self.eps = [-self._rho(entry.group) * moment / (norm + 1e-12) for entry, moment in pairs]
         n, u = self._count(), self.unit
         # What is left where moment and gradient cancel has a norm that is known so much worse.
         condition = n * self._largest**2 / norm**2 if norm else 0.0

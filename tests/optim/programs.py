@@ -65,7 +65,7 @@ class Backward:
 
 @dataclass(frozen=True)
 class Perturb:
-    pass
+    """perturb() by hand."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,15 @@ class Change:
     group: int = 0
     name: str = "lr"
     value: float = 0.002
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Write other values into a parameter: `how` is "copy", "data", "replace" (its data) or "load" (a state dict)."""
+
+    number: int = 0
+    how: str = "copy"
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Resume:
-    """Save to a file and load into a new model and optimizer, which go on beside the old ones."""
+    """Save to a file, and load into a new model and optimizer, which go on beside the old ones."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,10 @@ class Program:
 
 
 class Model(nn.Module):
-    """The parameters of a program, with values that are multiples of 1/64; `tied` has some of them a second time."""
+    """The parameters of a program, with values that are multiples of 1/64; `tied` has some of them a second time.
+
+    Called with the gradients that are wanted, it returns the loss that has them.
+    """
 
     def __init__(self, layouts: tuple[str, ...], dtype: torch.dtype) -> None:
         super().__init__()
@@ -211,19 +223,21 @@ class Model(nn.Module):
                 out[name] = term
         return out
 
-    def backward(self, terms: dict[str, Tensor], scale: float, assigned: bool) -> None:
-        """Make the gradients those of sum(term * weight) times the scale, added to what there is."""
+    def forward(self, terms: dict[str, Tensor]) -> Tensor:
         loss = torch.zeros((), dtype=self.dtype)
         for name, term in terms.items():
             p = self.get_parameter(name)
-            if assigned:
-                p.grad = term * scale if p.grad is None else p.grad + term * scale
-            elif name in self.tied._parameters:
+            if name in self.tied._parameters:
                 loss = loss + (term * p / 2).sum() + (term * self.tied.get_parameter(name) / 2).sum()
             else:
                 loss = loss + (term * p).sum()
-        if loss.requires_grad:
-            (loss * scale).backward()
+        return loss
+
+    def assign(self, terms: dict[str, Tensor], scale: float) -> None:
+        """Add to the gradients by hand what a backward pass would."""
+        for name, term in terms.items():
+            p = self.get_parameter(name)
+            p.grad = term * scale if p.grad is None else p.grad + term * scale
 
 
 def fish_mask(model: nn.Module, keep: float | None) -> FishMask | None:
@@ -308,8 +322,7 @@ def _options(draw: st.DrawFn, kind: str) -> dict:
             options[name] = draw(values)
 
     maybe("max_grad_norm", st.just(1.0))
-    maybe("flatten", st.just(False))
-    maybe("static_grads", st.just(True))
+    maybe("flatten", st.just(True))
     if kind != "AdamWL2SP":
         maybe("schedule", st.sampled_from(_SCHEDULES[kind]))
     if kind == "FSAM":
@@ -344,11 +357,14 @@ def _actions(kind: str, count: int, eps: float, can_choose: bool) -> st.SearchSt
         st.sampled_from(changes),
         st.builds(AddGroup, st.sampled_from(["vector", "transposed", "scalar"]), _groups(kind, eps)),
         st.builds(Freeze, st.integers(1, max(count - 1, 1))),
+        st.builds(
+            Edit, st.integers(0, count - 1), st.sampled_from(["copy", "data", "replace", "load"]), st.integers(0, 3)
+        ),
         st.just(Look()),
         st.just(Resume()),
         st.just(Copy()),
     ]
-    if kind == "FSAM":
+    if kind != "AdamWL2SP":
         others += [st.just(Perturb()), st.just(Perturb())]
     if kind == "MomentumSAM":
         others.append(st.builds(Modes, st.booleans()))
@@ -362,9 +378,9 @@ def _actions(kind: str, count: int, eps: float, can_choose: bool) -> st.SearchSt
 def programs(draw: st.DrawFn, kind: str) -> Program:
     """Programs of four to eight actions with optimizers of this kind."""
     options = draw(_options(kind))
-    can_choose = "mask" not in options and "static_grads" not in options
+    can_choose = "mask" not in options
     keep = draw(st.sampled_from([None, None, 0.3, 0.6])) if can_choose else None
-    layouts = [name for name in LAYOUTS if name != "gaps" or not ("flatten" in options or can_choose)]
+    layouts = [name for name in LAYOUTS if name != "gaps" or not can_choose]
     layouts = ("matrix", *draw(st.lists(st.sampled_from(layouts), min_size=1, max_size=4)))
     count = len(layouts)
     # What a combination of gradients leaves can be near zero: eps=1 keeps Adam's quotient well conditioned.

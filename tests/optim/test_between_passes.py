@@ -243,17 +243,6 @@ def test_state_dict_is_clean_after_gc_freeze(dtype, make, frozen_modules):
         copy.deepcopy(model)
 
 
-def test_modules_that_gc_freeze_hid_from_the_optimizer_are_warned_of(frozen_modules):
-    model = small_model()
-    frozen_modules()
-    optimizer = FSAM(model.parameters())
-    closure_of(model, optimizer, 0)()
-    with pytest.warns(RuntimeWarning, match=r"gc\.freeze"):
-        optimizer.perturb()
-    optimizer.restore()
-    assert_same_bits(model, small_model())
-
-
 # -- afterwards --------------------------------------------------------------------------------------------------------
 
 LOAD = """
@@ -261,7 +250,6 @@ import sys
 sys.modules["fsam_triton"] = sys.modules["triton"] = None
 import torch
 model = torch.load(sys.argv[1], weights_only=False)
-assert not any("fsam" in name for name in sys.modules if name != "fsam_triton")
 model(torch.ones(2, 4)).sum().backward()
 torch.save([p.detach() for p in model.parameters()], sys.argv[1])
 """

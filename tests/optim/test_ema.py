@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fsam_triton import FSAM, AdamWL2SP, FishMask, MomentumSAM
-from fsam_triton.adamw_l2sp import AdamWL2SP as Base
+from fsam_triton.optim.optimizer import FusedOptimizer
+from tests.optim.momentum import Objective
 from tests.reference import (
     Problem,
     ReferenceAdamW,
@@ -18,7 +19,7 @@ from tests.reference import (
     assert_weights_close,
     small_model,
 )
-from tests.training import assert_same_bits, assert_unchanged, closure_of, round_trip, train, weights_of
+from tests.training import assert_same_bits, assert_unchanged, closure_of, round_trip, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,19 +37,32 @@ every_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS)
 every_precision = pytest.mark.parametrize(("dtype", "kwargs"), PRECISIONS.values(), ids=PRECISIONS.keys())
 
 
-def pair(kind: type[Base], dtype=torch.float32, **kwargs) -> tuple[nn.Module, Base]:
+def train(model: nn.Module, optimizer, steps: int, *, problem=Problem(), start=0) -> None:
+    """With a model that is called, as MomentumSAM needs it."""
+    objective = Objective(model, problem)
+    for step in range(start, start + steps):
+
+        def closure(step=step):
+            optimizer.zero_grad()
+            loss = objective(step)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def pair(kind: type[FusedOptimizer], dtype=torch.float32, **kwargs) -> tuple[nn.Module, FusedOptimizer]:
     model = small_model(dtype)
     return model, kind(model.named_parameters(), **{"lr": LR, "ema_decay": DECAY, **kwargs})
 
 
-def averages(model: nn.Module, optimizer: Base) -> list[Tensor]:
+def averages(model: nn.Module, optimizer: FusedOptimizer) -> list[Tensor]:
     return [optimizer.state[p]["ema"].clone() for p in model.parameters()]
 
 
-def stored_weights(model: nn.Module, optimizer: Base) -> list[Tensor]:
+def stored_weights(model: nn.Module, optimizer: FusedOptimizer) -> list[Tensor]:
     """The clean weights as the optimizer keeps them: masters where there are any."""
-    pairs = zip(model.parameters(), model.state_dict().values(), strict=True)
-    return [optimizer.state[p].get("master", clean).clone() for p, clean in pairs]
+    return [optimizer.master_weight(p) for p in model.parameters()]
 
 
 def followed(ema: Tensor, weight: Tensor) -> Tensor:
@@ -60,7 +74,7 @@ def rounding_of_averages(steps: int, dtype: torch.dtype) -> float:
     return steps * 3 * torch.finfo(dtype).eps / 2 * 2
 
 
-def update_with(optimizer: Base, model: nn.Module, gradients: list[Tensor | None]) -> None:
+def update_with(optimizer: FusedOptimizer, model: nn.Module, gradients: list[Tensor | None]) -> None:
     for p, gradient in zip(model.parameters(), gradients, strict=True):
         p.grad = gradient
     optimizer.step()

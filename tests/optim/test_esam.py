@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fsam_triton import FSAM
 from fsam_triton.optim.coefficients import representable
@@ -39,20 +39,20 @@ def one_tensor(n: int, dtype: torch.dtype = torch.float64, value: float = 0.0) -
     return nn.Parameter(torch.full((n,), value, dtype=dtype))
 
 
-def perturbed_once(parameters: list[nn.Parameter], **kwargs) -> FSAM:
+def perturbed_once(parameters: list[nn.Parameter], **kwargs) -> list[Tensor]:
+    """The perturbed weights; the clean ones come back when the optimizer is gone."""
     optimizer = FSAM(parameters, **kwargs)
     for p in parameters:
         p.grad = torch.ones_like(p)
     optimizer.perturb()
-    return optimizer
+    return [p.detach().clone() for p in parameters]
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.3, 0.5, 0.9])
 def test_about_beta_of_the_weights_move_by_one_over_beta(beta):
     n = 2**16
-    weight = one_tensor(n)
-    perturbed_once([weight], rho=float(n) ** 0.5, beta=beta)
-    moved = weight.detach() != 0
+    (weight,) = perturbed_once([one_tensor(n)], rho=float(n) ** 0.5, beta=beta)
+    moved = weight != 0
     # Five standard deviations of n coin flips; beta itself is rounded to a multiple of 2**-15.
     assert abs(moved.sum().item() - beta * n) < 5 * (n * beta * (1 - beta)) ** 0.5 + n * 2**-16
     # The norm is of n ones: it has no rounding errors but that of 1e-12 in it.
@@ -62,9 +62,7 @@ def test_about_beta_of_the_weights_move_by_one_over_beta(beta):
 
 def test_weights_are_drawn_independently():
     n = 2**16
-    weights = [one_tensor(n), one_tensor(n)]
-    perturbed_once(weights, beta=0.5)
-    first, second = (w.detach() != 0 for w in weights)
+    first, second = (w != 0 for w in perturbed_once([one_tensor(n), one_tensor(n)], beta=0.5))
     for a, b in ((first, second), (first[1:], first[:-1]), (first[n // 2 :], first[: n // 2])):
         # How often two fair coins agree: five standard deviations.
         assert abs((a == b).sum().item() - a.numel() / 2) < 5 * (a.numel() / 4) ** 0.5
@@ -84,9 +82,7 @@ def test_every_perturbation_has_a_draw_of_its_own(between):
 
 
 def test_draw_depends_on_the_seed():
-    weights = [one_tensor(2**12) for _ in range(3)]
-    for weight, seed in zip(weights, (0, 0, 1), strict=True):
-        perturbed_once([weight], beta=0.5, seed=seed)
+    weights = [perturbed_once([one_tensor(2**12)], beta=0.5, seed=seed)[0] for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
@@ -102,9 +98,8 @@ def test_beta_of_one_draws_everything_and_is_sam_to_the_bit():
 def test_perturbation_of_a_part_of_sixteen_bit_weights_is_unbiased(dtype):
     """Which weights are drawn and how they are rounded are independent halves of the same random bits."""
     n, beta, size = 2**18, 0.5, torch.finfo(dtype).eps / 16
-    weight = one_tensor(n, dtype, 1.5)
-    perturbed_once([weight], rho=size * beta * n**0.5, beta=beta)
-    moved = (weight.detach().double() - 1.5).mean().item()
+    (weight,) = perturbed_once([one_tensor(n, dtype, 1.5)], rho=size * beta * n**0.5, beta=beta)
+    moved = (weight.double() - 1.5).mean().item()
     # Where drawn (1/2), up by an ulp with probability 1/16: 1/32 in all; five standard deviations of n coin flips.
     assert abs(moved - beta * size) < 5 * torch.finfo(dtype).eps * (31 / 32**2 / n) ** 0.5
 
