@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from triton.compiler import ASTSource
 
-from fsam_triton.kernels import blocks, descend, fisher, gap, norm, perturb, sparse, spec, topk_mask
+from fsam_triton.kernels import blocks, coefficients, descend, fisher, gap, norm, perturb, sparse, spec, topk_mask
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 DTYPES |= {"i16": torch.int16, "i32": torch.int32, "i64": torch.int64}
@@ -180,6 +180,33 @@ def moments(weight: str, master: bool) -> str:
     return "fp32" if master or weight == "fp16" else weight
 
 
+# -- coefficients ------------------------------------------------------------------------------------------------------
+
+ABOUT = {"numbers_ptr": "fp64", "members_ptr": "i64", "steps_ptr": "fp32"}
+MADE = {"integers": (("count", False), ("purpose", False)), "ROWS": coefficients.ROWS}
+
+
+def climb_coefficients_build(weight: str, scaled=False) -> Build:
+    """What makes the coefficients of `perturb_`."""
+    pointers = ABOUT | {"norm_sq_ptr": "fp64"} | ({"scale_ptr": "fp32"} if scaled else {})
+    pointers |= {"coef_ptr": compute_type(weight), "key_ptr": "i32"}
+    return build(coefficients.climb_coefficients_kernel, pointers, compute_type(weight), *said(scaled=scaled), **MADE)
+
+
+def descend_coefficients_build(
+    rule: str, weight: str, combined="alone", measured=False, some=False, scaled=False
+) -> Build:
+    """What makes the coefficients of `descend_`, and counts the update."""
+    pointers = ABOUT | ({"active_ptr": "u8"} if some else {})
+    pointers |= {"measured_ptr": "fp64"} if measured or combined != "alone" else {}
+    pointers |= {"scale_ptr": "fp32", "other_scale_ptr": "fp32", "overflow_ptr": "fp32"} if scaled else {}
+    pointers |= {"coef_ptr": compute_type(weight), "key_ptr": "i32"}
+    flags = {"RULE": rule, "COMBINED": combined}
+    flags |= {"NUMBERS": len(spec.NUMBERS[rule]), "COLUMNS": len(spec.DESCEND[rule])}
+    words = (rule, compute_type(weight), combined, *said(measured=measured, some=some, scaled=scaled))
+    return build(coefficients.descend_coefficients_kernel, pointers, *words, **MADE, **flags)
+
+
 # -- other kernels -----------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +309,11 @@ COMBINED = [
     norm_build("bf16", adaptive=True, masked=True),
     norm_build("fp64", adaptive=True, masked=True),
 ]
+COEFFICIENTS = [
+    *(climb_coefficients_build(weight, scaled) for weight in ("fp32", "fp64") for scaled in (False, True)),
+    *(descend_coefficients_build(rule, weight) for rule in spec.NUMBERS for weight in ("fp32", "fp64")),
+    *(descend_coefficients_build("adamw", "fp32", combined, True, True, True) for combined in spec.COMBINED),
+]
 TOPK = [one for dtype in ("fp32", "bf16", "fp64") for one in topk_builds(dtype)] + topk_builds("fp32", False)
 SPARSE = [*sparse_builds("fp32"), *sparse_builds("bf16"), *sparse_builds("fp64", "i64")]
 # Small tiles, large ones, rows that are no whole vectors.
@@ -299,7 +331,8 @@ def configurations() -> dict[Build, list[str]]:
             for one in builds:
                 if method not in found.setdefault(one, []):
                     found[one].append(method)
-    others = {"several options": COMBINED, "choice of a mask": TOPK, "FishMask": SPARSE, "estimate_fisher": FISHER}
+    others = {"several options": COMBINED, "coefficients": COEFFICIENTS, "choice of a mask": TOPK}
+    others |= {"FishMask": SPARSE, "estimate_fisher": FISHER}
     for launcher, builds in others.items():
         for one in builds:
             found.setdefault(one, []).append(launcher)

@@ -164,13 +164,14 @@ def _label(operands: str) -> str:
 
 @functools.cache
 def main_path(one: Build, target: str) -> tuple[list[Instruction], list[tuple[int, int]]]:
-    """What a program executes whose block is whole and aligned: of all ways, the one with most and widest accesses.
+    """What a program executes whose block is whole and aligned: the shortest way with most of the widest accesses.
 
     Returns:
         Its instructions; and loops among them, whose instructions are there once, by the first and the last number.
     """
     code = instructions(one, target)
-    # From each instruction on to an end: bytes, less instructions, and the next one. Branches back are loops.
+    widths = [_access(i, target)[1] if _is_to_array(i, one, target) else 0 for i in code]
+    # From each instruction on to an end: widest accesses, less instructions, and the next one. Branches back are loops.
     best: list[tuple[int, int, int | None] | None] = [None] * (len(code) + 1)
     for n, i in reversed(list(enumerate(code))):
         if i.name.split(".")[0] in ("EXIT", "s_endpgm") and not i.is_conditional:
@@ -178,10 +179,13 @@ def main_path(one: Build, target: str) -> tuple[list[Instruction], list[tuple[in
             continue
         after = [] if i.target is not None and not i.is_conditional else [n + 1]
         after += [i.target] if i.target is not None and i.target > n else []
+        if not after:
+            # A loop is left from within.
+            after = [j.target for j in code[i.target : n] if j.target is not None and j.target > n]
         ways = [(*best[m][:2], m) for m in after if best[m] is not None]
         if ways:
-            moved, less, m = max(ways)
-            best[n] = (moved + _access(i, target)[1] ** 4, less - 1, m)
+            wide, less, m = max(ways)
+            best[n] = (wide + (widths[n] == max(widths)), less - 1, m)
     path, n = [], 0
     while n is not None:
         path.append(n)
@@ -190,6 +194,11 @@ def main_path(one: Build, target: str) -> tuple[list[Instruction], list[tuple[in
     back = ((i.target, n) for n, i in enumerate(code) if i.target is not None and i.target <= n)
     loops = [(place[first], place[last]) for first, last in back if first in place and last in place]
     return [code[n] for n in path], loops
+
+
+def _is_to_array(i: Instruction, one: Build, target: str) -> bool:
+    """Not where a table or coefficients are read, on AMD, where they do not go through buffer instructions."""
+    return target in NVIDIA or i.name.startswith("buffer") or "table_ptr" not in dict(one.pointers)
 
 
 _AMD_BYTES = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "b32": 4, "b64": 8, "b96": 12, "b128": 16}
@@ -241,10 +250,13 @@ _IN_IR = re.compile(r"tt\.(load|store) .*: (?:tensor<(\d+(?:x\d+)*)x)?!tt\.ptr<(
 def ir_accesses(one: Build, target: str) -> list[Access]:
     """Accesses of a program whose block is whole: those of others (after `else`, in `while`) are left out."""
     flags, has_mask = dict(one.flags), "mask_ptr" in dict(one.pointers)
+    text = compiled(one, target).asm["ttir"]
+    # Of these numbers only the lower halves are loaded.
+    halved = set(re.findall(r"arith\.trunci (%\S+) : i64 to i32", text))
     found = []
     # Open regions: how far their first line is indented, whether a whole block comes there, how often.
     regions: list[tuple[int, bool, int]] = []
-    for line in compiled(one, target).asm["ttir"].splitlines():
+    for line in text.splitlines():
         indent = len(line) - len(line.lstrip())
         regions = [region for region in regions if region[0] < indent]
         if "} else {" in line or "} do {" in line or "scf.while" in line:
@@ -257,14 +269,15 @@ def ir_accesses(one: Build, target: str) -> list[Access]:
             elements = None if shape is None else math.prod(map(int, shape.split("x")))
             is_word = has_mask and letter == "i" and elements == flags.get("BLOCK") and kind == "load"
             times = math.prod(region[2] for region in regions)
-            found.append(Access(kind, elements, int(bits) // 8, is_word, times))
+            size = int(bits) // 16 if line.split()[0] in halved else int(bits) // 8
+            found.append(Access(kind, elements, size, is_word, times))
     return found
 
 
 def accesses(one: Build, target: str) -> Accesses:
     """Accesses of a lane to arrays on the main path, without what all lanes share: tables, coefficients, mask words."""
     path, _ = main_path(one, target)
-    found = [_access(i, target) for i in path if target in NVIDIA or i.name.startswith("buffer") or not _has_table(one)]
+    found = [_access(i, target) for i in path if _is_to_array(i, one, target)]
     loads, stores = (Counter(width for kind, width in found if kind == side) for side in ("load", "store"))
     if target in NVIDIA:
         loads -= Counter(a.bytes for a in ir_accesses(one, target) if a.kind == "load" and a.elements is None)
@@ -272,11 +285,6 @@ def accesses(one: Build, target: str) -> Accesses:
         # All other accesses are wider, or would show among the stores.
         del loads[4]
     return Accesses(loads, stores)
-
-
-def _has_table(one: Build) -> bool:
-    """Whether the kernel reads numbers that all lanes share, which on AMD do not go through buffer instructions."""
-    return "table_ptr" in dict(one.pointers)
 
 
 def elements(one: Build) -> int:
@@ -372,17 +380,17 @@ def occupancy(one: Build, target: str) -> float:
 def in_flight(one: Build, target: str) -> int:
     """Bytes of arrays that one processor has asked for when each of its lanes waits for as many as it ever does."""
     path, _ = main_path(one, target)
-    counted = set(accesses(one, target).loads)
-    most = _most_waited_for(path, target, counted)
-    return most * _resident_lanes(one, target)
+    widths = set(accesses(one, target).loads)
+    counted = [_access(i, target)[1] in widths and _is_to_array(i, one, target) for i in path]
+    return _most_waited_for(path, target, counted) * _resident_lanes(one, target)
 
 
-def _most_waited_for(path: list[Instruction], target: str, counted: set[int]) -> int:
-    """Bytes of loads, of counted widths, under way at a time: until one of their registers is read, or s_waitcnt."""
+def _most_waited_for(path: list[Instruction], target: str, counted: list[bool]) -> int:
+    """Bytes of the loads that count under way at a time: until one of their registers is read, or s_waitcnt."""
     # The registers of each load, and its bytes.
     under_way: list[tuple[range, int]] = []
     most = 0
-    for i in path:
+    for i, counts in zip(path, counted, strict=True):
         kind, width = _access(i, target)
         if target in AMD:
             if i.name == "s_waitcnt" and (left := re.search(r"vmcnt\((\d+)\)", i.operands)):
@@ -393,7 +401,7 @@ def _most_waited_for(path: list[Instruction], target: str, counted: set[int]) ->
             under_way = [load for load in under_way if not any(number in load[0] for number in read)]
         if kind == "load":
             first = int(re.search(r"\bR(\d+)\b", i.operands)[1]) if target in NVIDIA else 0
-            under_way.append((range(first, first + max(1, width // 4)), width if width in counted else 0))
+            under_way.append((range(first, first + max(1, width // 4)), width if counts else 0))
             most = max(most, sum(bytes_ for _, bytes_ in under_way))
     return most
 

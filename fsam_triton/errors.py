@@ -1,4 +1,13 @@
-"""What a bad argument raises."""
+"""What a bad argument raises, and warnings of the line that calls us."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+# Of calls to a step, torch's hooks around it are not what the user has written.
+_NOT_THE_CALLER = tuple(str(Path(module.__file__).parent) for module in (sys.modules[__package__], torch))
 
 
 class ArgumentError(ValueError):
@@ -24,3 +33,11 @@ def check(ok: bool, name: str, value: object, allowed: str) -> None:
     """Raise the ArgumentError of a bad argument."""
     if not ok:
         raise ArgumentError(name, value, allowed)
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of the innermost line that is neither this package's nor torch's."""
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLER):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

@@ -20,12 +20,14 @@ from .kernels import build, reference
 @functools.cache
 def _triton() -> types.SimpleNamespace:
     """The Triton launchers, imported on first use: a machine without a GPU need not have Triton."""
-    from .kernels import descend, fisher, gap, norm, perturb, sparse, topk_mask
+    from .kernels import coefficients, descend, fisher, gap, norm, perturb, sparse, topk_mask
 
     return types.SimpleNamespace(
         norm_sq=norm.norm_sq,
         gap=gap.gap,
+        climb_coefficients=coefficients.climb_coefficients,
         perturb_=perturb.perturb_,
+        descend_coefficients=coefficients.descend_coefficients,
         descend_=descend.descend_,
         digit_histogram=topk_mask.digit_histogram,
         write_mask_=topk_mask.write_mask_,
@@ -45,10 +47,10 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def _pass(name: str, device_of: Callable[..., torch.device]) -> Callable[..., Any]:
+def _pass(name: str, device_of: Callable[..., torch.device], place: int = 0) -> Callable[..., Any]:
     @functools.wraps(getattr(reference, name))
     def call(*args: Any) -> Any:
-        device = device_of(args[0])
+        device = device_of(args[place])
         if device.type == "cuda":
             # A kernel runs on the current device, which need not be the tensors'.
             with torch.cuda.device(device):
@@ -71,6 +73,8 @@ digit_histogram, write_mask_, gather_ = (
     _pass(name, lambda tensor: tensor.device) for name in ("digit_histogram", "write_mask_", "gather_")
 )
 scatter_ = _pass("scatter_", lambda tensors: tensors[0].device)
+climb_coefficients = _pass("climb_coefficients", lambda numbers: numbers.device)
+descend_coefficients = _pass("descend_coefficients", lambda numbers: numbers.device, 2)
 
 
 def linear_fisher_(fisher: Tensor, inputs: Tensor, output_grads: Tensor, absolute: bool) -> None:

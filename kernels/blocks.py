@@ -42,14 +42,15 @@ def locate(table_ptr, segments_ptr, first: tl.constexpr, SIZE: tl.constexpr):
 
     Returns:
         The segment (int64), its row of the table, its element where the part begins (int64), elements from there on to
-        its end (int32, at most SIZE; 0 if the segment takes no part).
+        its end (int32, at most SIZE; 0 if the segment takes no part), and whether these are SIZE, at aligned addresses.
     """
-    program = tl.program_id(0).to(tl.int64)
-    segment = tl.load(segments_ptr + program).to(tl.int64)
+    segment = tl.load(segments_ptr + tl.program_id(0)).to(tl.int64)
     row = table_ptr + segment * COLUMNS
-    start = (program - tl.load(row + first)) * SIZE
+    # Programs are numbered in 32 bits.
+    start = (tl.program_id(0) - tl.load(row + first).to(tl.int32)).to(tl.int64) * SIZE
     left = tl.minimum(tl.maximum(tl.load(row + LENGTH) - start, 0), SIZE).to(tl.int32)
-    return segment, row, start, left
+    whole = (left == SIZE) & (tl.load(row + ALIGNED).to(tl.int32) != 0)
+    return segment, row, start, left, whole
 
 
 @triton.jit

@@ -47,15 +47,20 @@ def _structure(name: str, element: str, columns: tuple[str, ...]) -> str:
 def prelude() -> str:
     """What C++ takes from `spec`: constants, a row of a table, rows of coefficients."""
     integers = {name: getattr(spec, name) for name in ("CHUNK", "ALIGN")}
-    words = {name: getattr(spec, name) for name in ("WEYL", "MIX")}
+    words = {name: getattr(spec, name) for name in ("WEYL", "MIX", "STEP")}
+    words |= {f"MIX{i}": factor for i, factor in enumerate(spec.MIXES)}
     return "".join(
         [
             "#include <cstdint>\n",
             *(f"constexpr int64_t {name} = {value};\n" for name, value in integers.items()),
             *(f"constexpr uint32_t {name} = {value}u;\n" for name, value in words.items()),
             f"constexpr float LARGE = {float(spec.LARGE).hex()}f;\n",
+            *(f"constexpr int COMBINED_{name.upper()} = {i};\n" for i, name in enumerate(spec.COMBINED)),
             _structure("Segment", "int64_t", spec.TABLE),
-            "namespace coefficients {\n",
+            _structure("Member", "int64_t", spec.MEMBER),
+            "namespace numbers {\n",
+            *(_structure(name, "double", columns) for name, columns in {"climb": spec.CLIMB, **spec.NUMBERS}.items()),
+            "}\nnamespace coefficients {\n",
             *(
                 f"template <typename C>\n{_structure(name, 'C', columns)}"
                 for name, columns in {"perturb": spec.PERTURB, **spec.DESCEND}.items()

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import spec
-from .blocks import ALIGNED, BLOCK, CLEAN, FIRST_BLOCK, GRAD, OFFSET, OTHER, WEIGHT, locate, pointer, shape
+from .blocks import BLOCK, CLEAN, FIRST_BLOCK, GRAD, OFFSET, OTHER, WEIGHT, locate, pointer, shape
 from .rounding import combine, high_half, low_half, narrow, random_bits, round_to, split, widen
 from .rules import adamw, lion, sgd
 from .segments import Segments
@@ -160,7 +160,7 @@ def descend_kernel(
     Bytes per element of AdamW: fp32 28 (read w, g, m, v; write w, m, v); bf16 14; bf16 with fp32 moments and a
     remainder 26. Others and anchors add a read, averages 8 bytes, orthogonal components a write.
     """
-    segment, row, start, left = locate(table_ptr, segments_ptr, FIRST_BLOCK, BLOCK)
+    segment, row, start, left, whole = locate(table_ptr, segments_ptr, FIRST_BLOCK, BLOCK)
     places = (
         tl.load(row + OFFSET) + start,
         tl.load(row + WEIGHT) + start,
@@ -171,7 +171,7 @@ def descend_kernel(
     tensors = (weight_ptr, clean_ptr, grad_ptr, other_ptr)
     lanes = (remainder_ptr, anchor_ptr, ema_ptr, orthogonal_ptr)
     numbers = (coef_ptr + segment * COLUMNS, key_ptr + segment)
-    if (left == BLOCK) & (tl.load(row + ALIGNED) != 0):
+    if whole:
         _block(0, start, left, *places, *tensors, *lanes, *numbers, state_ptrs, RULE, STOCHASTIC, True, BLOCK)
     else:
         first = 0

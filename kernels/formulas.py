@@ -62,9 +62,7 @@ def clip_factor(norm_sq: Tensor, inv_scale: Tensor | float, max_norm: float | Te
     return (max_norm / (norm + 1e-6)).clamp(max=1.0), ~torch.isfinite(norm)
 
 
-def decomposition(
-    dots: Tensor, alpha: float | Tensor, ratio: Tensor | float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def decomposition(dots: Tensor, alpha: float | Tensor, ratio: Tensor | float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """GSAM's direction, g2 - alpha * (g1 - (<g1, g2> / norm(g2)^2) * g2), as multiples of the two gradients.
 
     arXiv 2203.08065, algorithm 1. Where g1 is not finite, or g2 is zero, the direction is g2.
@@ -147,6 +145,10 @@ def _rows(columns: tuple[str, ...], numbers: Tensor, members: Tensor) -> SimpleN
     return SimpleNamespace(**dict(zip(columns, rows.unbind(1), strict=True)))
 
 
+def _double(scale: Tensor | None, one: Tensor) -> Tensor:
+    return one if scale is None else scale.reshape(()).to(torch.float64)
+
+
 def _keys(members: Tensor, steps: Tensor, purpose: int) -> Tensor:
     _, salt, start = members.unbind(1)
     return keys(steps, salt + purpose, start)
@@ -221,10 +223,10 @@ def descend_coefficients(
     n = _rows(spec.NUMBERS[rule], numbers, members)
     alpha, max_norm = (numbers[0, spec.NUMBERS[rule].index(name)] for name in ("alpha", "max_norm"))
     one = numbers.new_ones(())
-    inverse = one if scale is None else 1.0 / scale.reshape(()).to(torch.float64)
+    inverse = 1.0 / _double(scale, one)
     own, other, norm_sq = one, torch.zeros_like(one), measured
     if combined == "decomposed":
-        ratio = one if other_scale is None else 1.0 / other_scale.reshape(()).to(torch.float64) / inverse
+        ratio = one if other_scale is None else _double(scale, one) / _double(other_scale, one)
         own, other, norm_sq = decomposition(measured, alpha, ratio)
     elif combined == "kept":
         other, norm_sq = orthogonal_part(measured), measured[2]

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import spec
-from .blocks import ALIGNED, BLOCK, FIRST_CHUNK, GRAD, OTHER, WARPS, locate, pointer
+from .blocks import BLOCK, FIRST_CHUNK, GRAD, OTHER, WARPS, locate, pointer
 from .rounding import widen
 from .segments import Segments
 
@@ -42,12 +42,12 @@ def gap_kernel(
     Bytes per element: those of both tensors.
     """
     compute: tl.constexpr = tl.float64 if first_ptr.dtype.element_ty == tl.float64 else tl.float32
-    _, row, start, left = locate(table_ptr, segments_ptr, FIRST_CHUNK, CHUNK)
+    _, row, start, left, whole = locate(table_ptr, segments_ptr, FIRST_CHUNK, CHUNK)
     first_place, second_place = tl.load(row + OTHER) + start, tl.load(row + GRAD) + start
     dot = tl.zeros([BLOCK], compute)
     first_sq = tl.zeros([BLOCK], compute)
     second_sq = tl.zeros([BLOCK], compute)
-    if (left == CHUNK) & (tl.load(row + ALIGNED) != 0):
+    if whole:
         for done in range(0, CHUNK, BLOCK):
             a = _read(first_ptr, first_place, done, left, compute, True, BLOCK)
             b = _read(second_ptr, second_place, done, left, compute, True, BLOCK)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import spec
-from .blocks import ALIGNED, BLOCK, FIRST_CHUNK, GRAD, OFFSET, WARPS, WEIGHT, locate, mask_bits, pointer
+from .blocks import BLOCK, FIRST_CHUNK, GRAD, OFFSET, WARPS, WEIGHT, locate, mask_bits, pointer
 from .rounding import widen
 from .segments import Segments
 
@@ -64,10 +64,10 @@ def norm_kernel(
     Bytes per element: the gradient's, plus the weight's if there are weights, plus 1/8 with a mask.
     """
     compute: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
-    _, row, start, left = locate(table_ptr, segments_ptr, FIRST_CHUNK, CHUNK)
+    _, row, start, left, whole = locate(table_ptr, segments_ptr, FIRST_CHUNK, CHUNK)
     places = (tl.load(row + OFFSET) + start, tl.load(row + GRAD) + start, tl.load(row + WEIGHT) + start)
     total = tl.zeros([BLOCK], compute)
-    if (left == CHUNK) & (tl.load(row + ALIGNED) != 0):
+    if whole:
         for first in range(0, CHUNK, BLOCK):
             total += _squares(first, left, *places, grad_ptr, weight_ptr, mask_ptr, compute, True, BLOCK)
     else:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import spec
-from .blocks import ALIGNED, BLOCK, FIRST_BLOCK, GRAD, OFFSET, WEIGHT, locate, mask_bits, pointer, shape
+from .blocks import BLOCK, FIRST_BLOCK, GRAD, OFFSET, WEIGHT, locate, mask_bits, pointer, shape
 from .rounding import high_half, random_bits, round_to, signed_low_half, widen
 from .segments import Segments
 
@@ -97,10 +97,10 @@ def perturb_kernel(
 
     Bytes per element: fp32 16 (read w, g; write w, backup), bf16 8; 1/8 with a mask.
     """
-    segment, row, start, left = locate(table_ptr, segments_ptr, FIRST_BLOCK, BLOCK)
+    segment, row, start, left, whole = locate(table_ptr, segments_ptr, FIRST_BLOCK, BLOCK)
     places = (tl.load(row + OFFSET) + start, tl.load(row + WEIGHT) + start, tl.load(row + GRAD) + start)
     pointers = (weight_ptr, grad_ptr, backup_ptr, mask_ptr, coef_ptr + segment * _COLUMNS, key_ptr + segment)
-    if (left == BLOCK) & (tl.load(row + ALIGNED) != 0):
+    if whole:
         _block(0, start, left, *places, *pointers, ADAPTIVE, STOCHASTIC, RANDOM, True, BLOCK)
     else:
         first = 0

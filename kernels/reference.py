@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from . import spec
+from .formulas import climb_coefficients as climb_coefficients
+from .formulas import descend_coefficients as descend_coefficients
+from .formulas import key_at as key_at
 from .segments import Segments
 from .spec import CHUNK
 
@@ -23,11 +26,6 @@ _WEYL = spec.WEYL - (1 << 32)
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type a pass computes in: fp64 for fp64 weights, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def key_at(key: Tensor, offset: int | Tensor) -> Tensor:
-    """The key, int64 in [0, 2**32), with which element 0 gets the numbers that element `offset` gets with `key`."""
-    return (key.to(torch.int64) + offset * spec.WEYL) & 0xFFFFFFFF
 
 
 def random_bits(like: Tensor, key: Tensor) -> Tensor:

@@ -110,12 +110,14 @@ def stochastic_round(x, half, dtype: tl.constexpr):
     if dtype == tl.bfloat16:
         y = ((x.to(tl.uint32, bitcast=True) + half) & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
-        # A step of fp16, which has 10 bits after the leading one, has 2**13 units; subnormals have the smallest step.
+        # fp16 has 10 bits after the leading one; subnormals have the step of the smallest normal number. The noise is an
+        # odd multiple of 2**-13 steps, its 13 bits are the upper ones of an integer.
         binade = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        unit = tl.maximum(binade * (2.0**-23), 2.0**-37)
+        unit = tl.maximum(binade * 2.0**-42, 2.0**-56)
+        noise = (((half << 16) & 0xFFF80000) | 0x80000).to(tl.int32, bitcast=True).to(tl.float32)
         # Adding and subtracting 1.5 * 2**23 steps rounds to a multiple of the step. All products are exact.
-        y = tl.fma(unit, ((signed(half) >> 3) | 1).to(tl.float32), x)
-        y = tl.fma(unit, -1.5 * 2.0**36, tl.fma(unit, 1.5 * 2.0**36, y))
+        y = tl.fma(unit, noise, x)
+        y = tl.fma(unit, -1.5 * 2.0**55, tl.fma(unit, 1.5 * 2.0**55, y))
         y = tl.clamp(y, -65504.0, 65504.0)
     return narrow(tl.where(tl.abs(x) < _LARGE, y, x), dtype)
 

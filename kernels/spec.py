@@ -32,6 +32,31 @@ DESCEND = {
     "sgd": (*_OF_ALL, "momentum", "new", "of_grad", "of_buffer", "lr"),
     "lion": (*_OF_ALL, "beta1", "new1", "new2", "lr"),
 }
+# Columns of the numbers that these coefficients are made of, fp64, one row a group. Of `perturb`:
+#   rho: how long eps is to be; negative to go downhill
+#   chance: the coefficient
+CLIMB = ("rho", "chance")
+# Of `descend`, those of every rule, then the rule's own:
+#   lr, rate: learning rate, and rate of decay
+#   sign: -1 to maximize, else 1
+#   alpha: how much the second gradients count
+#   max_norm: what the norm of the gradients is clipped to, inf to leave them as they are
+#   average: how fast the average follows the weights
+_OF_GROUP = ("lr", "rate", "sign", "alpha", "max_norm", "average")
+NUMBERS = {
+    "adamw": (*_OF_GROUP, "beta1", "beta2", "eps"),
+    "sgd": (*_OF_GROUP, "momentum", "new", "of_grad", "of_buffer"),
+    "lion": (*_OF_GROUP, "beta1", "beta2"),
+}
+# What the second gradients of an update are for: there are none; GSAM's direction is made of both; the part of the
+# gradients that is orthogonal to them is kept; and they are such a part, which is added (LookSAM).
+COMBINED = ("alone", "decomposed", "kept", "reused")
+# Columns of what is known of each segment, int64, one row a segment.
+#   group: its row of numbers
+#   salt: makes its random numbers, in [0, 2**32)
+#   start: how many elements of its parameter come before it, in other shards
+MEMBER = ("group", "salt", "start")
+
 # The lanes of a rule's state; the last one may be missing (amsgrad off, no momentum).
 STATE = {
     "adamw": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
@@ -43,5 +68,10 @@ STATE = {
 # WEYL is 2**32 over the golden ratio, so that neighbours start far apart; MIX is of the lowbias32 family.
 WEYL = 0x9E3779B1
 MIX = 0x2C1B3C6D
+# A key is a hash of a count of updates times STEP, a parameter's number times SALT, and what the pass is for; each of
+# MIXES is the factor of a round.
+STEP = 0x85EBCA6B
+SALT = 0xC2B2AE35
+MIXES = (0x7FEB352D, 0x846CA68B)
 # From this magnitude on a number is rounded to nearest, where stochastic rounding might overflow.
 LARGE = 2.0**100

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fsam_triton.optim import coefficients
+from fsam_triton.kernels import formulas
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -41,7 +41,7 @@ def assert_uncorrelated(a: Tensor, b: Tensor) -> None:
 def used_keys(n: int) -> list[int]:
     """Keys of consecutive steps of one parameter, as the optimizer makes them, signed."""
     step, zero = torch.arange(n, dtype=torch.float32), torch.zeros(n, dtype=torch.int64)
-    return coefficients.keys(step, zero + 0x3C6EF372, zero).to(torch.int64).tolist()
+    return formulas.keys(step, zero + 0x3C6EF372, zero).to(torch.int64).tolist()
 
 
 def special_values(dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import ArgumentError, check
+from ..kernels import spec
 from ..kernels.reference import combine, pack_mask, split, unpack_mask
 from ..kernels.segments import Plan, Segments, Uploaded, upload
 from .guards import alike
@@ -152,7 +153,7 @@ class Lanes:
         self._own: tuple[list[Tensor], list[int]] = [], []
         self.groups = list({id(member.group): member.group for member in self.members}.values())
         self._numbers: dict[str, Numbers] = {}
-        self._constants: dict[str, Tensor] = {}
+        self._about_members: Tensor | None = None
         # Whose part of "anchor" has been set.
         self._anchored = [False] * len(self.params)
 
@@ -341,6 +342,7 @@ class Lanes:
     def clean(self, i: int) -> Tensor:
         """Parameter i's clean weights in the shape of its parts: itself, or its backup."""
         if self.perturbed is not None and self.perturbed.active[i]:
+            self.perturbed.settle()
             return self.views("backup")[i]
         return self.like_lane(i, self.memory()[i])
 
@@ -385,21 +387,24 @@ class Lanes:
                     self._published_at[i] = list(map(self._address, published.values()))
             self._all_published = None
 
-    def per_parameter(self, name: str, rows: Sequence[Sequence[float | Tensor]]) -> Tensor:
-        """Rows of numbers, one for each of `groups`, as fp64 [parameters, columns]."""
+    def numbers(self, name: str, rows: Sequence[Sequence[float | Tensor]]) -> Tensor:
+        """Rows of hyper-parameters, one for each of `groups`, as fp64 [groups, columns] on the device."""
         if name not in self._numbers:
             self._numbers[name] = Numbers(self.device)
-        sent = self._numbers[name].rows(rows)
-        if len(self.groups) == 1:
-            return sent.expand(len(self), -1)
-        order = {id(group): i for i, group in enumerate(self.groups)}
-        return sent[self.constant("group", lambda: [order[id(member.group)] for member in self.members])]
+        return self._numbers[name].rows(rows)
 
-    def constant(self, name: str, values: Callable[[], Sequence[int]]) -> Tensor:
-        """Integers of the parameters that never change, int64 [parameters] on the device."""
-        if name not in self._constants:
-            self._constants[name] = upload(torch.tensor(values(), dtype=torch.int64), self.device)
-        return self._constants[name]
+    def about_members(self) -> Tensor:
+        """What of the parameters never changes, int64 [parameters, len(spec.MEMBER)] on the device."""
+        if self._about_members is None:
+            order = {id(group): i for i, group in enumerate(self.groups)}
+            columns = {
+                "group": [order[id(member.group)] for member in self.members],
+                "salt": [member.number * spec.SALT & 0xFFFFFFFF for member in self.members],
+                "start": self.starts(),
+            }
+            host = torch.tensor([columns[name] for name in spec.MEMBER], dtype=torch.int64).T.contiguous()
+            self._about_members = upload(host, self.device)
+        return self._about_members
 
     def starts(self) -> list[int]:
         """For each parameter how many of its weights other shards have before this one."""
@@ -488,7 +493,9 @@ class Lanes:
             self.steps[i].zero_()
         elif kind == "zeros":
             self.views(name)[i].zero_()
-        elif kind == "weights" or (kind == "first" and not self._anchored[i]):
+        elif kind == "weights":
+            self.set(i, name, self.exact(i), like_parameter=False)
+        elif kind == "first" and not self._anchored[i]:
             self.set(i, name, self.clean(i), like_parameter=False)
 
     def set(self, i: int, name: str, value: Any, like_parameter: bool = True) -> None:

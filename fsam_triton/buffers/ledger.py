@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .lanes import Lanes, Member, Moved, Perturbed, sharing
-from .sharded import ShardedLanes, is_sharded, local, shard_dims
+from .sharded import ShardedLanes, is_sharded, local, shard_groups
 from .sparse import SparseLanes
 
 
@@ -54,6 +54,10 @@ class Ledger:
         self._followed: tuple[list, list] = [], []
         # How often the lanes were made.
         self.generation = getattr(self, "generation", 0) + 1
+
+    def renew(self) -> None:
+        """Have all lanes made again of another state; anchors stay."""
+        self._params = None
 
     def __iter__(self) -> Iterator[Lanes]:
         return iter(self._all)
@@ -138,7 +142,7 @@ class Ledger:
                 indices = self._trained(group, position)
                 if indices is not None and not len(indices):
                     continue
-                shards = (p.device_mesh, shard_dims(p)) if is_sharded(p) else None
+                shards = shard_groups(p) if is_sharded(p) else None
                 key = (p.device, local(p).dtype, shards, indices is not None, self._structure(group, position))
                 trained.append((Member(p, group, position, number), indices, key))
         self.forget()

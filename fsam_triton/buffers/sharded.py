@@ -29,13 +29,18 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, the same memory; any other tensor as it is."""
-    with torch.no_grad():
-        return tensor.to_local() if is_sharded(tensor) else tensor
+    # Not to_local(), which makes a new view of a parameter's each time.
+    return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
 def shard_dims(p: DTensor) -> tuple[int, ...]:
     """The dimensions of its mesh over which a DTensor is cut into shards, by whatever placement."""
     return tuple(i for i, placement in enumerate(p.placements) if not placement.is_replicate())
+
+
+def shard_groups(p: DTensor) -> tuple[ProcessGroup, ...]:
+    """The process groups over which a DTensor is cut into shards, in the order of its mesh's dimensions."""
+    return tuple(p.device_mesh.get_group(dim) for dim in shard_dims(p))
 
 
 def check_placements(label: str, p: DTensor) -> None:
@@ -47,6 +52,8 @@ def check_placements(label: str, p: DTensor) -> None:
 class ShardedLanes(Lanes):
     """Lanes of the local shards of DTensors, which stay where FSDP2 reads them, and so do gradients.
 
+    The parameters agree in their shard groups; their meshes may have other dimensions, over which they are replicated.
+
     Parts have the local shards' shapes, which may be empty; what others see of them are DTensors like the parameters.
     """
 
@@ -56,7 +63,7 @@ class ShardedLanes(Lanes):
         super().__init__(members)
         first = self.params[0]
         mesh, dims = first.device_mesh, shard_dims(first)
-        self.shard_groups = tuple(mesh.get_group(dim) for dim in dims)
+        self.shard_groups = shard_groups(first)
         self.shards = math.prod(mesh.size(dim) for dim in dims)
         self.shard_index = 0
         for dim in dims:
@@ -72,8 +79,7 @@ class ShardedLanes(Lanes):
         return [self.shard_index * p.numel() for p in self.params]
 
     def memory(self) -> list[Tensor]:
-        with torch.no_grad():
-            return [p.to_local() for p in self.params]
+        return list(map(local, self.params))
 
     def versions(self) -> list[int]:
         # In-place operations count on the DTensor or on its shard, according to which of them they were called on.
@@ -191,20 +197,23 @@ def _owners_among(modules: Sequence[Module], params: set[Parameter]) -> dict[Par
 
 
 def sum_over_shards(parts: Iterable[tuple[Lanes | None, Tensor]], home: torch.device) -> Tensor:
-    """Sum of tensors over lanes and, where their weights are shards of several, over these; the same on all ranks."""
-    sums: dict[tuple[ProcessGroup, ...], Tensor] = {(): torch.zeros((), dtype=torch.int64, device=home)}
+    """Sum of tensors over lanes and, where their weights are shards of several, over these; the same on all ranks.
+
+    The tensors may be written.
+    """
+    sums: dict[tuple[ProcessGroup, ...], Tensor] = {}
 
     def add(groups: tuple[ProcessGroup, ...], part: Tensor) -> None:
-        sums[groups] = sums[groups] + part if groups in sums else part.clone()
+        sums[groups] = sums[groups] + part if groups in sums else part
 
     for lanes, part in parts:
         add(lanes.shard_groups if lanes is not None else (), part.to(home, non_blocking=True))
     # What is summed over one dimension of a mesh goes along with what is summed over the other alone.
-    while groups := max(sums, key=len):
+    while groups := max(sums, key=len, default=()):
         total = sums.pop(groups)
         dist.all_reduce(total, group=groups[-1])
         add(groups[:-1], total)
-    return sums[()]
+    return sums[()] if sums else torch.zeros((), dtype=torch.int64, device=home)
 
 
 def of_all_shards(lanes: Lanes, counts: Tensor) -> Tensor:

@@ -95,6 +95,14 @@ class Ascent:
             if member.p.requires_grad and self.mask.selects_from(member.name, member.p)
         ]
 
+    def _frozen(self, lanes: Lanes) -> list[int]:
+        """The parameters that the mask would choose from, were they not frozen: nothing of them is chosen."""
+        return [
+            i
+            for i, member in enumerate(lanes.members)
+            if not member.p.requires_grad and self.mask.selects_from(member.name, member.p)
+        ]
+
     def check_count(self, groups: Iterable[Mapping[str, Any]]) -> int:
         """How many weights the mask may keep.
 
@@ -116,6 +124,9 @@ class Ascent:
         if self.mask is None:
             return None
         is_new = "mask" not in lanes.lanes
+        for group in lanes.groups if is_new else ():
+            # Somebody may have replaced its parameters by shards.
+            self.check_parameters(group)
         words = lanes.lane("mask", torch.int32)
         if is_new and self.moves_excluded():
             for i in set(range(len(lanes))).difference(self._selects_from(lanes)):
@@ -176,7 +187,9 @@ class Ascent:
             self._add_up(found)
         if ascents % self.mask.interval == 0:
             for lanes in ledger:
-                self.words(lanes)
+                words = self.words(lanes)
+                for i in self._frozen(lanes):
+                    lanes.plan.words(words, i).zero_()
             selectable = [(lanes, own) for lanes in ledger if (own := self._selects_from(lanes))]
             scores = None
             if self.mask.scores == "fisher":
@@ -274,15 +287,15 @@ class Ascent:
         norm_sq = sum_over_shards(
             ((lanes, self._norm_sq(lanes, segments)) for lanes, segments in work), ledger.home
         ).double()
-        purpose = _ASCENT + ascents * _NEXT_ASCENT
+        # Of both counts: an ascent can be repeated without a step, and in a CUDA graph only the device's changes.
+        purpose = coefficients.purpose(self.seed, _ASCENT + ascents * _NEXT_ASCENT)
         for lanes, segments in work:
             if ledger.shares:
                 lanes.stage()
             move(
                 lanes,
                 segments,
-                self._coefficients(lanes, norm_sq, rho),
-                self._keys(lanes, purpose),
+                *self._coefficients(lanes, norm_sq, rho, purpose),
                 mask=self.words(lanes),
                 adaptive=self._is_adaptive(lanes),
                 stochastic=self.stochastic_rounding,
@@ -298,19 +311,14 @@ class Ascent:
     def _is_adaptive(lanes: Lanes) -> bool:
         return lanes.groups[0]["adaptive"]
 
-    def _coefficients(self, lanes: Lanes, norm_sq: Tensor, rho: Mapping[int, float | Tensor]) -> Tensor:
+    def _coefficients(
+        self, lanes: Lanes, norm_sq: Tensor, rho: Mapping[int, float | Tensor], purpose: int
+    ) -> tuple[Tensor, Tensor]:
         beta = coefficients.representable(self.beta) if self.draws_elements else self.beta
-        rows = lanes.per_parameter("ascent", [(rho[id(group)] / beta,) for group in lanes.groups])[:, 0]
+        rows = [(rho[id(group)] / beta, beta - 0.5) for group in lanes.groups]
         norm_sq, scale = (None if t is None else t.to(lanes.device, non_blocking=True) for t in (norm_sq, self.scale))
-        scales = coefficients.radius(rows, norm_sq, scale)
-        return torch.stack([scales, torch.full_like(scales, beta - 0.5)], 1).to(compute_dtype(lanes.dtype))
-
-    def _keys(self, lanes: Lanes, purpose: int) -> Tensor:
-        """Of both counts: an ascent can be repeated without a step, and in a CUDA graph only the device's changes."""
-        rounds = self.stochastic_rounding and lanes.dtype.itemsize == 2
-        if rounds or self.draws_elements:
-            return coefficients.keys_of(lanes, self.seed, purpose)
-        return coefficients.no_keys(lanes)
+        about, dtype = lanes.about_members(), compute_dtype(lanes.dtype)
+        return ops.climb_coefficients(lanes.numbers("ascent", rows), about, lanes.steps, purpose, norm_sq, scale, dtype)
 
     # -- what others may look at ---------------------------------------------------------------------------------------
 

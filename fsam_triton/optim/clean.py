@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn import Parameter
+
+from ..errors import warn
 
 if TYPE_CHECKING:
     from ..buffers.ledger import Ledger
@@ -68,11 +69,10 @@ class CleanView:
 
     def _warn_of_hidden_modules(self, params: set[Parameter]) -> None:
         if not params.issubset(p for module in self._modules() for p in _own(module)):
-            warnings.warn(
+            warn(
                 "gc.freeze() has hidden the modules of some parameters: their state_dict() between perturb() and "
                 "step() shows perturbed weights; make the optimizer before it",
                 RuntimeWarning,
-                stacklevel=2,
             )
 
     def close(self) -> None:

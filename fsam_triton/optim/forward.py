@@ -18,7 +18,7 @@ from torch.nn.modules import module as modules
 from torch.utils.hooks import RemovableHandle
 
 from ..buffers.sharded import is_sharded, owners_of
-from .uncompiled import uncompiled
+from .uncompiled import skip, uncompiled
 
 
 class ForwardWatch:
@@ -50,7 +50,7 @@ class ForwardWatch:
         self._gatherers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._strangers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._finalizer = weakref.finalize(optimizer, self.stop)
-        _prepare_compiler()
+        _silence_compiler()
 
     def expect(self, groups: list[dict[str, Any]]) -> None:
         """Watch for the parameters of these groups."""
@@ -78,6 +78,9 @@ class ForwardWatch:
         if not torch.compiler.is_dynamo_compiling() or self._owns(module):
             self._noticed(module)
 
+    # A graph of it alone would be taken for other optimizers and modules.
+    skip(_called)
+
     def _owns(self, module: nn.Module) -> bool:
         if module in self._strangers:
             return False
@@ -95,6 +98,9 @@ class ForwardWatch:
         if is_stranger:
             self._strangers.add(module)
         return False
+
+    # For torch.compile a constant, as by torch.compiler.assume_constant_result, which would import the compiler.
+    _owns._dynamo_marked_constant = True
 
     @uncompiled
     def _noticed(self, module: nn.Module) -> None:
@@ -124,16 +130,8 @@ class ForwardWatch:
 
 
 @functools.cache
-def _prepare_compiler() -> None:
-    """Tell torch.compile what to make of the hook."""
-    # The first step would import it anyway.
-    from torch._dynamo.eval_frame import skip_code
-
-    # In a graph that calls modules, a constant.
-    torch.compiler.assume_constant_result(ForwardWatch._owns)
-    # By itself not compiled: a graph would be taken for that of other optimizers and modules.
-    skip_code(ForwardWatch._called.__code__)
-    # What torch.compile(model) says of hooks that see its wrapper, too. Filters of others come first.
+def _silence_compiler() -> None:
+    """Drop what torch.compile(model) says of hooks that see its wrapper, too. Filters of others come first."""
     warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks", append=True)
 
 

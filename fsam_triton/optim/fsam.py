@@ -13,9 +13,10 @@ from .. import ops
 from ..buffers.lanes import Lanes, Member
 from ..buffers.sharded import local
 from ..errors import check
+from ..kernels.reference import compute_dtype
 from ..masks.perturbed import FisherMask
 from ..masks.trained import FishMask
-from . import coefficients, recipes
+from . import recipes
 from . import rho as radii
 from .ascent import Ascent
 from .clean import CleanView
@@ -175,7 +176,7 @@ class FSAM(TwoPass, FusedOptimizer):
         if self.mask is not None and "mask" in names:
             self.ascent.words(lanes)
         for name in {"fisher", "orthogonal"} & names:
-            dtype = coefficients.compute_dtype(lanes.dtype) if name == "fisher" else lanes.dtype
+            dtype = compute_dtype(lanes.dtype) if name == "fisher" else lanes.dtype
             lanes.lane(name, dtype)
 
     def _allocate(self, lanes: Lanes, fill: bool = True) -> None:
@@ -185,7 +186,7 @@ class FSAM(TwoPass, FusedOptimizer):
             if self.mask is not None:
                 self.ascent.words(lanes)
                 if self.ascent.adds_up:
-                    lanes.lane("fisher", coefficients.compute_dtype(lanes.dtype))
+                    lanes.lane("fisher", compute_dtype(lanes.dtype))
             if self.schedule.reuse > 0:
                 lanes.lane("orthogonal", lanes.dtype)
 
@@ -249,26 +250,26 @@ class FSAM(TwoPass, FusedOptimizer):
         # Over the parameters that are updated: what the others' gradients were at w has no part in this step.
         dots = self._sum(work, ops.gap)
         if self.alpha > 0:
-            own, other, norm_sq = coefficients.decomposition(dots, self.alpha, self._ascent_ratio())
-            return self._scaled(Direction(own, other), norm_sq)
+            return Direction("decomposed", self.alpha, dots, self._ascent_scale())
         if not self._first:
-            other, norm_sq = coefficients.reuse(dots, self.schedule.reuse)
-            return self._scaled(Direction(1.0, other), norm_sq)
+            return Direction("reused", self.schedule.reuse, dots)
         for lanes in self.ledger:
             lanes.lane("orthogonal", lanes.dtype).zero_()
-        return self._scaled(Direction(1.0, coefficients.orthogonal_part(dots), keep=True), dots[2])
+        return Direction("kept", self.schedule.reuse, dots)
 
-    def _ascent_ratio(self) -> Tensor | float:
-        """What the gradients of the ascent are to be multiplied with, to have the scale of those at hand."""
-        scale, before = getattr(self, "grad_scale", None), self.ascent.scale
-        if before is not None:
-            return (1.0 if scale is None else scale.to(torch.float64)) / before.to(torch.float64)
-        if scale is None and getattr(self, "found_inf", None) is not None:
+    def _ascent_scale(self) -> Tensor | None:
+        """What a GradScaler has multiplied the gradients of the ascent with; None if with what those at hand have."""
+        before = self.ascent.scale
+        if (
+            before is None
+            and getattr(self, "grad_scale", None) is None
+            and getattr(self, "found_inf", None) is not None
+        ):
             raise RuntimeError(
                 "alpha > 0 combines the gradients of both passes, and GradScaler.unscale_() has unscaled only one of "
                 "them: call perturb(scaler)"
             )
-        return 1.0
+        return before
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

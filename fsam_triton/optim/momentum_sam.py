@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..buffers.lanes import Lanes
 from ..buffers.sharded import sum_over_shards
-from ..errors import check
+from ..errors import check, warn
+from ..kernels.reference import compute_dtype
 from . import coefficients
 from . import rho as radii
 from .ascent import move
@@ -160,11 +160,9 @@ class MomentumSAM(FusedOptimizer):
             return
         self._unperturbed_steps += 1
         if self._unperturbed_steps == _FORGOTTEN:
-            warnings.warn(
+            warn(
                 f"MomentumSAM has taken {_FORGOTTEN} steps at clean weights: it perturbs when a module with its "
-                "parameters is called in training mode; call perturb() before the forward pass",
-                # The line that calls step(), around which decorators put four frames.
-                stacklevel=7,
+                "parameters is called in training mode; call perturb() before the forward pass"
             )
 
     def _wants_perturbation(self) -> bool:
@@ -213,12 +211,11 @@ class MomentumSAM(FusedOptimizer):
         for lanes, segments in work:
             if self.ledger.shares:
                 lanes.stage()
-            rows = [(-radii.rho_of(group, schedule),) for group in lanes.groups]
-            rho = lanes.per_parameter("ascent", rows)[:, 0]
-            scale = coefficients.radius(rho, norm_sq.to(lanes.device, non_blocking=True))
-            coef = torch.stack([scale, scale], 1).to(coefficients.compute_dtype(lanes.dtype))
-            draws = self.stochastic_rounding and lanes.dtype.itemsize == 2
-            keys = coefficients.keys_of(lanes, self.seed, _PERTURBATION) if draws else coefficients.no_keys(lanes)
+            rows = lanes.numbers("ascent", [(-radii.rho_of(group, schedule), 0.0) for group in lanes.groups])
+            purpose, dtype = coefficients.purpose(self.seed, _PERTURBATION), compute_dtype(lanes.dtype)
+            own_norm_sq = norm_sq.to(lanes.device, non_blocking=True)
+            about = lanes.about_members()
+            coef, keys = ops.climb_coefficients(rows, about, lanes.steps, purpose, own_norm_sq, None, dtype)
             move(lanes, segments, coef, keys, stochastic=self.stochastic_rounding)
         self.ledger.seal()
         self._was_perturbed = True

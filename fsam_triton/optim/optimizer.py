@@ -35,19 +35,19 @@ Found = list[tuple[Lanes, list[Tensor | None]]]
 
 @dataclass
 class Direction:
-    """What the gradients of an update are multiplied with; tensors are on the home device.
+    """What an update makes of the gradients before the rule does.
 
     Attributes:
-        factor: of the gradient: unscaling, clipping; NaN skips the update.
-        other: of the second gradient, which is added; None if there is none.
-        keep: instead of adding it, store the gradient minus `other` times the second one in the lane "orthogonal".
-        skip: bool, whether the device skips the update, or None if it never does.
+        combined: what second gradients are for, one of `kernels.spec.COMBINED`.
+        alpha: how much they count.
+        measured: the squared norm of the gradients, if it matters, or all that `gap` gives of both; on the home device.
+        other_scale: what a GradScaler has multiplied the second gradients with.
     """
 
-    factor: Tensor | float = 1.0
-    other: Tensor | float | None = None
-    keep: bool = False
-    skip: Tensor | None = None
+    combined: str = "alone"
+    alpha: float = 0.0
+    measured: Tensor | None = None
+    other_scale: Tensor | None = None
 
 
 @dataclass
@@ -381,32 +381,10 @@ class FusedOptimizer(Optimizer):
         return sum_over_shards(parts, self.ledger.home).double()
 
     def _direction(self, work: list[Half]) -> Direction:
-        """What to multiply gradients with (unscaling, clipping), and on the device whether to skip the step."""
-        norm_sq = None
-        if self.max_grad_norm is not None and work:
-            norm_sq = self._sum(work, lambda segments: ops.norm_sq(segments, False, None))
-        return self._scaled(Direction(), norm_sq)
-
-    def _scaled(self, direction: Direction, norm_sq: Tensor | None) -> Direction:
-        """`direction` with unscaling and, given the squared norm of what it makes of the gradients, clipping."""
-        factor: Tensor | float = 1.0
-        skip = None
-        if (scale := getattr(self, "grad_scale", None)) is not None:
-            factor = 1.0 / scale.to(torch.float64)
-        # GradScaler gives the number 0 where there was no gradient to check.
-        if isinstance(found_inf := getattr(self, "found_inf", None), Tensor):
-            skip = found_inf.squeeze() != 0
-        if self.max_grad_norm is not None and norm_sq is not None:
-            clip, overflow = coefficients.clip_factor(norm_sq, factor, self.max_grad_norm)
-            factor = factor * clip
-            skip = overflow if skip is None else skip | overflow
-        other = direction.other
-        if other is not None and not direction.keep:
-            other = other * factor
-        own = direction.factor * factor
-        if skip is not None:
-            own = torch.where(skip, float("nan"), own)
-        return Direction(own, other, direction.keep, skip)
+        """What to make of the gradients; unscaling and clipping come on top."""
+        if self.max_grad_norm is None or not work:
+            return Direction()
+        return Direction(measured=self._sum(work, lambda segments: ops.norm_sq(segments, False, None)))
 
     def _allocate(self, lanes: Lanes, fill: bool = True) -> None:
         narrow = lanes.dtype == torch.bfloat16 and not self.master_weights
@@ -424,14 +402,13 @@ class FusedOptimizer(Optimizer):
                     lanes.views("ema")[i].copy_(lanes.exact(i))
 
     def _second_gradients(self, lanes: Lanes, grads: list[Tensor | None]) -> Sequence[Tensor | None] | None:
-        """The gradients that `Direction.other` is of, if the coming update combines two."""
+        """The second gradients of `Direction`, if the coming update has them."""
         return None
 
     def _descend(self, half: Half, direction: Direction) -> None:
         lanes, active = half.lanes, half.active
-        orthogonal = lanes.lane("orthogonal", lanes.dtype) if direction.keep else None
-        self._count(lanes, active, direction)
-        coef, key = self._coefficients(lanes, direction)
+        orthogonal = lanes.lane("orthogonal", lanes.dtype) if direction.combined == "kept" else None
+        coef, key = self._coefficients(lanes, active, direction)
         lane = lanes.lanes.get
         state = [lanes.lanes[name] for name in self.rule.lanes(lanes.groups[0])]
         ops.descend_(
@@ -448,49 +425,32 @@ class FusedOptimizer(Optimizer):
         )
         lanes.written(active)
 
-    @staticmethod
-    def _count(lanes: Lanes, active: list[bool], direction: Direction) -> None:
-        """Count the update, unless the device skips it."""
-        if direction.skip is None and all(active):
-            lanes.steps += 1
-            return
-        now = lanes.flags(active)
-        lanes.steps += now if direction.skip is None else now & ~direction.skip.to(lanes.device, non_blocking=True)
-
-    def _coefficients(self, lanes: Lanes, direction: Direction) -> tuple[Tensor, Tensor]:
-        """Coefficients and keys of an update, a row for each parameter."""
-        anchored = "anchor" in lanes.lanes
+    def _coefficients(self, lanes: Lanes, active: list[bool], direction: Direction) -> tuple[Tensor, Tensor]:
+        """Coefficients and keys of an update, a row for each parameter; it is counted, unless the device skips it."""
+        decay = "l2_sp" if "anchor" in lanes.lanes else "weight_decay"
+        max_norm = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        average = 0.0 if self.ema_decay is None else 1 - self.ema_decay
         rows = [
             (
-                group["lr"],
-                group["l2_sp" if anchored else "weight_decay"],
-                -1.0 if group["maximize"] else 1.0,
-                *self.rule.hyper(group),
+                *(group["lr"], group[decay], -1.0 if group["maximize"] else 1.0),
+                *(direction.alpha, max_norm, average, *self.rule.hyper(group)),
             )
             for group in lanes.groups
         ]
-        numbers = lanes.per_parameter("descend", rows)
-        lr, rate, sign = numbers[:, :3].unbind(1)
-        own, other = (
-            value.to(lanes.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for value in (direction.factor, direction.other)
+        # GradScaler gives the number 0 where there was no gradient to check.
+        overflow = found if isinstance(found := getattr(self, "found_inf", None), Tensor) else None
+        scalars = (direction.measured, getattr(self, "grad_scale", None), direction.other_scale, overflow)
+        return ops.descend_coefficients(
+            self.rule.name,
+            direction.combined,
+            lanes.numbers("descend", rows),
+            lanes.about_members(),
+            lanes.steps,
+            None if all(active) else lanes.flags(active),
+            coefficients.purpose(self.seed, _UPDATE),
+            *(None if t is None else t.to(lanes.device, non_blocking=True) for t in scalars),
+            compute_dtype(lanes.dtype),
         )
-        factor = sign * own
-        columns = self.rule.columns(lr, rate, numbers[:, 3:], lanes.steps.to(torch.float64))
-        columns["factor"] = factor
-        # The stored component is a gradient of the objective, whatever its sign in the update.
-        columns["other"] = torch.zeros_like(lr) if other is None else (1.0 if direction.keep else sign) * other + 0 * lr
-        if self.ema_decay is not None:
-            # NaN where the update is skipped.
-            columns["rate"] = (1 - self.ema_decay) + 0.0 * factor
-        else:
-            columns["rate"] = lr
-        coef = torch.stack([columns[name] for name in spec.DESCEND[self.rule.name]], 1)
-        if self.stochastic_rounding and lanes.dtype.itemsize == 2:
-            key = coefficients.keys_of(lanes, self.seed, _UPDATE)
-        else:
-            key = coefficients.no_keys(lanes)
-        return coef.to(compute_dtype(lanes.dtype)), key
 
     # -- clean weights -------------------------------------------------------------------------------------------------
 
@@ -605,12 +565,20 @@ class FusedOptimizer(Optimizer):
             self._check_group(group)
         self.ledger.refresh(self.param_groups, self.state)
         state = checked_state(state_dict, self.param_groups, self.ledger, self.rule)
+        unused = {"ema"} if self.ema_decay is None else set()
+        unused |= set() if self.master_weights else {"remainder"}
+        state = {p: {n: value for n, value in entry.items() if n not in unused} for p, entry in state.items()}
         self.restore()
         for own, new in zip(self.param_groups, groups, strict=True):
             own.update(new)
         self.state.clear()
         self.state.update(state)
-        self.ledger.forget()
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                if (entry := self.state.get(p)) and self._is_anchored(group, i):
+                    # Where the state has no anchors, those that there are stay, or are the present weights.
+                    entry.setdefault("anchor", None)
+        self.ledger.renew()
         self.ledger.refresh(self.param_groups, self.state)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)

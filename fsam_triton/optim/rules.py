@@ -1,4 +1,4 @@
-"""Rules: arguments and coefficients of what an optimizer makes of a gradient. Their arithmetic is in `kernels/`."""
+"""Rules: the arguments of what an optimizer makes of a gradient. Their arithmetic is in `kernels/`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..errors import check
@@ -46,17 +45,7 @@ class Rule:
         return ("step", *spec.STATE[self.name][:2])
 
     def hyper(self, group: Mapping[str, Any]) -> tuple[float | Tensor, ...]:
-        """The rule's own numbers of a group."""
-        raise NotImplementedError
-
-    def columns(self, lr: Tensor, rate: Tensor, hyper: Tensor, step: Tensor) -> dict[str, Tensor]:
-        """The rule's columns of `kernels.spec.DESCEND`, fp64 [n] each, and "decay".
-
-        Args:
-            lr, rate: learning rate and decay rate, fp64 [n].
-            hyper: what `hyper` gives, fp64 [n, numbers].
-            step: updates including this one, fp64 [n].
-        """
+        """The rule's own columns of `kernels.spec.NUMBERS`, of a group."""
         raise NotImplementedError
 
 
@@ -85,20 +74,6 @@ class AdamW(Rule):
     def hyper(self, group: Mapping[str, Any]) -> tuple[float | Tensor, ...]:
         return (*group["betas"], group["eps"])
 
-    def columns(self, lr: Tensor, rate: Tensor, hyper: Tensor, step: Tensor) -> dict[str, Tensor]:
-        betas = hyper[:, :2]
-        new1, new2 = torch.rsub(betas, 1).unbind(1)
-        bias1, bias2 = torch.rsub(betas ** step[:, None], 1).unbind(1)
-        return {
-            "decay": lr * rate,
-            "new1": new1,
-            "beta2": betas[:, 1],
-            "new2": new2,
-            "step_size": lr / bias1,
-            "inv_sqrt_bias2": bias2.rsqrt(),
-            "eps": hyper[:, 2],
-        }
-
 
 class SGD(Rule):
     """SGD: momentum, dampening, nesterov as torch.optim.SGD has them; decay is a part of the gradient, as there."""
@@ -126,19 +101,6 @@ class SGD(Rule):
         momentum, nesterov = group["momentum"], group["nesterov"]
         return momentum, 1.0 - group["dampening"], float(nesterov), momentum if nesterov else 1.0
 
-    def columns(self, lr: Tensor, rate: Tensor, hyper: Tensor, step: Tensor) -> dict[str, Tensor]:
-        momentum, new, of_grad, of_buffer = hyper.unbind(1)
-        # The first gradient is the first momentum, undampened.
-        first = step <= 1
-        return {
-            "decay": rate,
-            "momentum": torch.where(first, 0.0, momentum),
-            "new": torch.where(first, torch.ones_like(new), new),
-            "of_grad": of_grad,
-            "of_buffer": of_buffer,
-            "lr": lr,
-        }
-
 
 class Lion(Rule):
     """Lion (arXiv 2302.06675): betas (0.9, 0.99); decoupled decay."""
@@ -157,10 +119,6 @@ class Lion(Rule):
 
     def hyper(self, group: Mapping[str, Any]) -> tuple[float | Tensor, ...]:
         return tuple(group["betas"])
-
-    def columns(self, lr: Tensor, rate: Tensor, hyper: Tensor, step: Tensor) -> dict[str, Tensor]:
-        new1, new2 = torch.rsub(hyper, 1).unbind(1)
-        return {"decay": lr * rate, "beta1": hyper[:, 0], "new1": new1, "new2": new2, "lr": lr}
 
 
 RULES = {rule.name: rule for rule in (AdamW(), SGD(), Lion())}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from torch.optim import Optimizer
 from ..batches.samples import select_samples
 from ..buffers.lanes import name_of
 from ..buffers.ledger import Ledger
-from ..errors import check
+from ..errors import check, warn
 from . import rho
 from .ascent import Ascent
 from .clean import CleanView
@@ -142,10 +141,9 @@ class TwoPass(Optimizer):
         if self._unperturbed_steps >= 0:
             self._unperturbed_steps += 1
         if self._unperturbed_steps == _FORGOTTEN:
-            warnings.warn(
+            warn(
                 f"{type(self).__name__} has taken {_FORGOTTEN} steps and none was sharpness-aware: they are plain "
-                "updates without perturb() and a second backward() before step(), or step(closure), or SAMTrainer",
-                stacklevel=4,
+                "updates without perturb() and a second backward() before step(), or step(closure), or SAMTrainer"
             )
 
     def _check_under_scaler(self, closure: Callable[..., Any] | None) -> None:
@@ -208,7 +206,7 @@ class TwoPass(Optimizer):
         if not found:
             raise RuntimeError("perturb() needs gradients: call backward() first")
         # Not get_scale(), which waits for the device.
-        scale = None if scaler is None else scaler.scale(torch.ones((), device=self.ledger.home))
+        scale = None if scaler is None else scaler.scale(torch.ones((), dtype=torch.float32, device=self.ledger.home))
         try:
             self._ascend(found, scale)
             # Until the step anybody may save the model; within step(closure) only the closure could.

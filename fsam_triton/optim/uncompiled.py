@@ -9,9 +9,16 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch._C._dynamo import eval_frame
 from torch.optim import Optimizer
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def skip(function: Callable[..., Any]) -> None:
+    """Have torch.compile not compile a function by itself, though it may be a part of what calls it."""
+    strategy = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
+    eval_frame.set_code_exec_strategy(function.__code__, strategy)
 
 
 def uncompiled(function: F) -> F:
@@ -27,6 +34,7 @@ def uncompiled(function: F) -> F:
             disabled = torch.compiler.disable(function)
         return disabled(*args, **kwargs)
 
+    skip(call)
     return call
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import build, reference
+from .. import build, reference, spec
 from ..jobs import jobs_of
 from ..segments import Segments
 
@@ -27,7 +27,7 @@ _STREAMED = 4 << 20
 # Elements of a sparse tensor that a thread takes at a time.
 _PART = 2048
 
-_ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ADDRESS, _LONG, _INT, _WORD = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32
 
 
 def _or_reference(launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,6 +175,67 @@ def descend_(
     )
     lanes = (*state, *[None] * (3 - len(state)), remainder, anchor, ema, orthogonal)
     _run(function, segments, *lanes, coef.contiguous(), key.contiguous())
+
+
+def _address_of(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _coefficients(segments: int, columns: Sequence[str], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.empty(segments, len(columns), dtype=dtype), torch.empty(segments, dtype=torch.int32)
+
+
+@functools.cache
+def _climb_coefficients(dtype: torch.dtype) -> Callable[..., Any]:
+    types = (*[_ADDRESS] * 2, _LONG, _ADDRESS, _WORD, *[_ADDRESS] * 4)
+    return build.function("coefficients", f"climb_coefficients<{_TYPES[dtype]}>", *types)
+
+
+@_or_reference
+def climb_coefficients(
+    numbers: Tensor,
+    members: Tensor,
+    steps: Tensor,
+    purpose: int,
+    norm_sq: Tensor,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The same as `reference.climb_coefficients`."""
+    coef, key = _coefficients(len(members), spec.PERTURB, dtype)
+    given = (numbers.data_ptr(), members.data_ptr(), len(members), steps.data_ptr(), purpose)
+    made = (coef.data_ptr(), key.data_ptr())
+    _climb_coefficients(dtype)(*given, norm_sq.data_ptr(), _address_of(scale), *made)
+    return coef, key
+
+
+@functools.cache
+def _descend_coefficients(rule: str, dtype: torch.dtype) -> Callable[..., Any]:
+    types = (*[_ADDRESS] * 2, _LONG, *[_ADDRESS] * 2, _INT, _WORD, *[_ADDRESS] * 6)
+    return build.function("coefficients", f"descend_coefficients<rules::{rule}, {_TYPES[dtype]}>", *types)
+
+
+@_or_reference
+def descend_coefficients(
+    rule: str,
+    combined: str,
+    numbers: Tensor,
+    members: Tensor,
+    steps: Tensor,
+    active: Tensor | None,
+    purpose: int,
+    measured: Tensor | None,
+    scale: Tensor | None,
+    other_scale: Tensor | None,
+    overflow: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The same as `reference.descend_coefficients`, but for the last bit of a power."""
+    coef, key = _coefficients(len(members), spec.DESCEND[rule], dtype)
+    given = (numbers.data_ptr(), members.data_ptr(), len(members), steps.data_ptr(), _address_of(active))
+    more = map(_address_of, (measured, scale, other_scale, overflow, coef, key))
+    _descend_coefficients(rule, dtype)(*given, spec.COMBINED.index(combined), purpose, *more)
+    return coef, key
 
 
 @functools.cache

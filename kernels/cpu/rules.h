@@ -1,8 +1,9 @@
 // What an optimizer does with one element: the new weight and state, and whether they may be kept.
 //
-// A rule has the name that it has in spec.DESCEND, from which the struct of its coefficients is generated. `step` makes
-// the new weight and state of the clean weight `w`, the gradient `g`, and the lanes of the state, of which there are
-// COUNT; `from_anchor` is w - anchor, or w where there is no anchor.
+// A rule has the name that it has in spec.DESCEND, from which the struct of its coefficients is generated. `prepare` makes
+// its own ones of the numbers of its group and the count of updates, this one included. `step` makes the new weight and
+// state of the clean weight `w`, the gradient `g`, and the lanes of the state, of which there are COUNT; `from_anchor` is
+// w - anchor, or w where there is no anchor.
 #pragma once
 
 #include "numbers.h"
@@ -17,8 +18,19 @@ inline C decayed(C w, C from_anchor, C decay) {
 
 // Algorithm 2 of arXiv 1711.05101; L2-SP, arXiv 1802.01483.
 struct adamw {
+  using Numbers = numbers::adamw;
   template <typename C>
   using Coefficients = coefficients::adamw<C>;
+
+  static void prepare(const Numbers& n, double step, Coefficients<double>& c) {
+    c.decay = n.lr * n.rate;
+    c.new1 = 1 - n.beta1;
+    c.beta2 = n.beta2;
+    c.new2 = 1 - n.beta2;
+    c.step_size = n.lr / (1 - __builtin_pow(n.beta1, step));
+    c.inv_sqrt_bias2 = 1 / square_root(1 - __builtin_pow(n.beta2, step));
+    c.eps = n.eps;
+  }
 
   template <bool ANCHORED, int COUNT, typename C>
   static bool step(const Coefficients<C>& c, C& w, C g, C from_anchor, C* state) {
@@ -36,8 +48,20 @@ struct adamw {
 
 // As torch.optim.SGD, whose decay is a part of the gradient.
 struct sgd {
+  using Numbers = numbers::sgd;
   template <typename C>
   using Coefficients = coefficients::sgd<C>;
+
+  static void prepare(const Numbers& n, double step, Coefficients<double>& c) {
+    // The first gradient is the first momentum, undampened.
+    const bool first = step <= 1;
+    c.decay = n.rate;
+    c.momentum = first ? 0 : n.momentum;
+    c.new_ = first ? 1 : n.new_;
+    c.of_grad = n.of_grad;
+    c.of_buffer = n.of_buffer;
+    c.lr = n.lr;
+  }
 
   template <bool ANCHORED, int COUNT, typename C>
   static bool step(const Coefficients<C>& c, C& w, C g, C from_anchor, C* state) {
@@ -54,8 +78,17 @@ struct sgd {
 
 // Algorithm 2 of arXiv 2302.06675.
 struct lion {
+  using Numbers = numbers::lion;
   template <typename C>
   using Coefficients = coefficients::lion<C>;
+
+  static void prepare(const Numbers& n, double, Coefficients<double>& c) {
+    c.decay = n.lr * n.rate;
+    c.beta1 = n.beta1;
+    c.new1 = 1 - n.beta1;
+    c.new2 = 1 - n.beta2;
+    c.lr = n.lr;
+  }
 
   template <bool ANCHORED, int COUNT, typename C>
   static bool step(const Coefficients<C>& c, C& w, C g, C from_anchor, C* state) {

@@ -49,6 +49,7 @@ OTHERS = [
     *kb.COMBINED,
     *kb.SPARSE,
     *kb.TOPK,
+    *kb.COEFFICIENTS,
     kb.perturb_build("fp64", random=True),
     kb.norm_build("fp32"),
     kb.norm_build("bf16", adaptive=True),

@@ -105,6 +105,9 @@ def narrow_products(text: str) -> list[str]:
             continue
         seen.add(value)
         line = values.line[value]
+        if "arith.trunci" in line and not any(values.made_of[of] for of in values.made_of[value]):
+            # A number that is kept in 64 bits, as it is: of a block, not of an element.
+            continue
         if PRODUCT.search(line) and re.search(r"(?:: i32|xi32>|to i32)$", line):
             found.append(line)
         offsets |= values.made_of[value]

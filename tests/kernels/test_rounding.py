@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsam_triton.kernels import reference
-from fsam_triton.optim import coefficients
+from fsam_triton.kernels import formulas, reference
 from tests import rounding_kernels
 from tests.kernel_cases import assert_same_bits, assert_uncorrelated, bits, used_keys
 
@@ -205,7 +204,7 @@ def test_kernel_and_reference_draw_the_same_numbers(interpret, key):
 def test_key_can_stand_for_an_offset_of_the_counter():
     """A shard of a parameter, from `offset` on, draws what the whole parameter draws there."""
     step, salt = torch.tensor([3.0]), torch.tensor([12345])
-    whole, part = (coefficients.keys(step, salt, torch.tensor([offset])) for offset in (0, 40_000))
+    whole, part = (formulas.keys(step, salt, torch.tensor([offset])) for offset in (0, 40_000))
     for of_whole, of_part in zip(
         reference_halves(100_000, int(whole)), reference_halves(60_000, int(part)), strict=True
     ):
@@ -215,7 +214,7 @@ def test_key_can_stand_for_an_offset_of_the_counter():
 def test_keys_of_steps_salts_and_offsets_all_differ():
     grids = torch.meshgrid(torch.arange(50), torch.arange(50), torch.arange(0, 50 * 1024, 1024), indexing="ij")
     step, salt, offset = (grid.flatten() for grid in grids)
-    keys = coefficients.keys(step.float(), salt, offset)
+    keys = formulas.keys(step.float(), salt, offset)
     # Of 125000 numbers out of 2**32 about 1.8 pairs are equal by chance; 12 or more have a chance below 1e-6.
     assert keys.unique().numel() > keys.numel() - 12
     assert keys.dtype == torch.int32

@@ -1,7 +1,6 @@
 """Does the actions of a training program, on a model and on copies of it, and compares with the fp64 reference."""
 
 import copy
-import itertools
 import math
 
 import pytest
@@ -12,85 +11,9 @@ import fsam_triton
 from fsam_triton.buffers.lanes import Lanes
 from tests.optim import programs
 from tests.optim.oracle import Oracle
-from tests.optim.programs import Failed, Model, Pass, Program, Stopped, fish_mask
+from tests.optim.programs import Model, Program, fish_mask
+from tests.optim.run import Run, shown_by, state_of
 from tests.training import round_trip
-
-
-class Run:
-    """A model and its optimizer, and the actions of a program on them; a watcher is told what happens inside."""
-
-    def __init__(self, model: Model, optimizer, watcher: "Checker | None" = None) -> None:
-        self.model, self.optimizer, self.watcher = model, optimizer, watcher
-
-    def tell(self, event: str, *args) -> None:
-        if self.watcher is not None:
-            getattr(self.watcher, f"on_{event}")(*args)
-
-    def zero_grad(self, how: str) -> None:
-        if how == "model":
-            self.model.zero_grad(set_to_none=False)
-        else:
-            self.optimizer.zero_grad(set_to_none=how == "none")
-        self.tell("zero_grad", how)
-
-    def backward(self, passed: Pass, seed: int, scale: float = 1.0) -> None:
-        terms = self.model.terms(passed, seed)
-        if passed.assigned:
-            self.model.assign(terms, scale)
-        else:
-            loss = self.model(terms)
-            self.tell("forward")
-            if loss.requires_grad:
-                (loss * scale).backward()
-        self.tell("backward", terms, scale)
-
-    def perturb(self, scale: float = 1.0) -> None:
-        try:
-            self.optimizer.perturb()
-        except RuntimeError:
-            self.tell("perturb", True, scale)
-        else:
-            self.tell("perturb", False, scale)
-
-    def update(self, scale: float | None = None) -> None:
-        """step(), as a GradScaler calls it if there is a scale."""
-        found = False
-        if scale is not None:
-            found = any(p.grad is not None and not p.grad.isfinite().all() for p in self.model.parameters())
-            self.optimizer.grad_scale, self.optimizer.found_inf = torch.tensor(scale), torch.tensor(float(found))
-        try:
-            self.optimizer.step()
-        except RuntimeError:
-            self.tell("refused_step")
-            return
-        finally:
-            if scale is not None:
-                del self.optimizer.grad_scale, self.optimizer.found_inf
-        self.tell("update", found, scale or 1.0)
-
-    def step(self, action: programs.Step, seed: int) -> None:
-        calls = itertools.count()
-
-        def closure():
-            call = next(calls)
-            self.tell("closure", call)
-            fails = action.fails if action.fails is not None and action.fails[0] == call else None
-            if fails and not fails[1]:
-                raise fails[2]
-            self.zero_grad("none")
-            self.backward(action.passes[call], seed + call)
-            if fails:
-                raise fails[2]
-            return torch.ones(())
-
-        try:
-            self.optimizer.step(closure)
-        except (Failed, Stopped):
-            self.tell("failure", next(calls) - 1, action)
-        except RuntimeError:
-            self.tell("refused_step")
-        else:
-            self.tell("step", next(calls), action)
 
 
 class Checker:
@@ -264,6 +187,14 @@ class Checker:
             run.backward(action.passes[1], seed + 1, scale)
             run.update(action.scale)
 
+    def do_halfway(self, action: programs.Halfway, seed: int) -> None:
+        self.do_restore(None, seed)
+        for run in self.runs:
+            run.zero_grad("none")
+            run.backward(action.passed, seed)
+            if self.is_fsam:
+                run.perturb()
+
     def do_backward(self, action: programs.Backward, seed: int) -> None:
         for run in self.runs:
             run.backward(action.passed, seed)
@@ -385,7 +316,10 @@ class Checker:
             with pytest.raises(RuntimeError, match="perturbed"):
                 copy.deepcopy((self.main.model, self.main.optimizer))
             self.do_restore(None, seed)
-        self._adopt(*copy.deepcopy((self.main.model, self.main.optimizer)))
+        # A frozen parameter has a mask only where it had one before it was frozen.
+        frozen = [name for name, p in self.main.model.named_parameters() if not p.requires_grad]
+        if self.oracle.mask is None or not frozen:
+            self._adopt(*copy.deepcopy((self.main.model, self.main.optimizer)))
 
     def _adopt(self, model: Model, optimizer) -> None:
         for p, own in zip(model.parameters(), self.main.model.parameters(), strict=True):
@@ -470,22 +404,9 @@ class Checker:
                 # The weights round, and so does the sum, to one of its neighbours.
                 bound = bound + 2.0**-6 * (entry.weight.abs() + eps.abs())
             assert_close(p, entry.weight + eps, bound, (entry.name, "perturbed weight"))
-            if self.is_fsam and oracle.mask is not None:
+            # One that was frozen from the start has no mask, also if what the mask does not choose from is perturbed.
+            if self.is_fsam and oracle.mask and not (entry.name in oracle.frozen and oracle.mask.is_excluded(entry)):
                 assert torch.equal(self.main.optimizer.mask_of(p), entry.mask), (entry.name, "mask")
-
-
-def state_of(run: Run) -> dict:
-    """The optimizer's state dict as copies by name; without the zeros of parameters whose every step was skipped."""
-    saved = run.optimizer.state_dict()
-    updated = {i: entry for i, entry in saved["state"].items() if entry["step"] > 0}
-    entries = {(i, name): value.clone() for i, entry in updated.items() for name, value in entry.items()}
-    groups = {(i, name): value for i, group in enumerate(saved["param_groups"]) for name, value in group.items()}
-    # torch.optim adds a default when it copies.
-    return {name: value for name, value in (entries | groups).items() if name[1] != "differentiable"}
-
-
-def shown_by(run: Run) -> dict[str, Tensor]:
-    return {name: values.clone() for name, values in run.model.state_dict().items()}
 
 
 def assert_equal(actual: dict, expected: dict) -> None:

@@ -27,6 +27,7 @@ from fsam_triton.kernels import segments
 from fsam_triton.optim.optimizer import FusedOptimizer
 
 DEVICE = torch.device("cuda", 0)
+READS = (DataDependentOutputException, DynamicOutputShapeException)
 aten = torch.ops.aten
 # They give a view, or memory that nobody has written yet: nothing runs on the device.
 _VIEWS = {"alias", "as_strided", "detach", "expand", "select", "slice", "split", "split_with_sizes", "squeeze", "t"}
@@ -67,6 +68,7 @@ class FakeGPU(TorchDispatchMode):
         patch.setattr(torch, "isfinite", lambda tensor: tensor.abs() != float("inf"))
         # Without the guard of the device, which a PyTorch without CUDA does not have.
         patch.setattr(Tensor, "__getitem__", _item)
+        patch.setattr(Tensor, "__invert__", lambda tensor: torch.bitwise_not(tensor))
         patch.setattr(Tensor, "copy_", lambda tensor, *args, **kwargs: aten.copy_(tensor, *args, **kwargs))
         patch.setattr(segments, "_address_of", self._address)
         # A fake storage has no parts.
@@ -111,10 +113,7 @@ class FakeGPU(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         try:
             out = func(*args, **kwargs)
-        except (
-            torch._subclasses.fake_tensor.DataDependentOutputException,
-            torch._subclasses.fake_tensor.DynamicOutputShapeException,
-        ):
+        except READS:
             self.trace.faults.append(f"{name} reads from the device")
             raise
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]

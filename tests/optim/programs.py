@@ -59,6 +59,13 @@ class ByHand:
 
 
 @dataclass(frozen=True)
+class Halfway:
+    """The first half of a step by hand, after which parameters are perturbed."""
+
+    passed: Pass = Pass()
+
+
+@dataclass(frozen=True)
 class Backward:
     passed: Pass = Pass()
 
@@ -370,7 +377,8 @@ def _actions(kind: str, count: int, eps: float, can_choose: bool) -> st.SearchSt
         others.append(st.builds(Modes, st.booleans()))
     if can_choose:
         others.append(st.builds(SetTrainable, st.sampled_from([None, 0.3, 0.6])))
-    action = st.one_of(steps, by_hand, steps, by_hand, st.one_of(others), st.one_of(others), st.one_of(others))
+    halfway = steps if kind == "AdamWL2SP" else st.builds(Halfway, _passes(count))
+    action = st.one_of(steps, by_hand, halfway, halfway, *(st.one_of(others) for _ in range(4)))
     return st.lists(action, min_size=4, max_size=8)
 
 

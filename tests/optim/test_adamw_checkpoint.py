@@ -166,3 +166,32 @@ def test_safetensors_saves_the_model(tmp_path):
     loaded = safetensors.load_file(tmp_path / "all.safetensors")
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
     assert (tmp_path / "small.safetensors").stat().st_size < 4096
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
+@pytest.mark.parametrize("given", [False, True], ids=["initial_anchors", "given_anchors"])
+def test_state_without_anchors_keeps_those_that_there_are_or_takes_the_present_weights(trained, given):
+    """That of torch.optim.AdamW, say."""
+    donor, model = small_model(seed=1), small_model()
+    other = torch.optim.AdamW(donor.parameters(), lr=0.01)
+    train(donor, other, 3)
+    anchors = anchors_of(small_model(seed=7)) if given else "initial"
+    optimizer = AdamWL2SP(model.named_parameters(), lr=0.01, l2_sp=0.1, anchors=anchors)
+    if trained:
+        train(model, optimizer, 2)
+    model.load_state_dict(donor.state_dict())
+    optimizer.load_state_dict(other.state_dict())
+    train(model, optimizer, 1)
+    expected = anchors if given else anchors_of(small_model() if trained else donor)
+    for name, p in model.named_parameters():
+        assert torch.equal(optimizer.state[p]["anchor"], expected[name])
+
+
+@pytest.mark.parametrize("name", ["ema", "remainder"])
+def test_what_an_optimizer_does_not_keep_is_not_taken_over(name):
+    model, fresh = small_model(torch.bfloat16), small_model(torch.bfloat16)
+    optimizer = AdamWL2SP(model.parameters(), ema_decay=0.9, master_weights=True)
+    train(model, optimizer, 2)
+    other = AdamWL2SP(fresh.parameters(), ema_decay=None if name == "ema" else 0.9, master_weights=name == "ema")
+    other.load_state_dict(optimizer.state_dict())
+    assert all((key in entry) == (key != name) for entry in other.state.values() for key in ("ema", "remainder"))
