@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from ..optim.optimizer import FusedOptimizer
 from ..optim.two_pass import TwoPass
 
 try:
@@ -23,6 +24,7 @@ class SharpnessAware(Callback):
       passes the others again too.
     - ``precision="16-mixed"``: Lightning evaluates once, which is plain AdamW; this callback calls ``perturb(scaler)``
       and passes all micro-batches again.
+    - ``precision="bf16-mixed"`` with ``gradient_clip_val``: Lightning refuses that; with this callback it clips.
 
     The micro-batches of a step are kept until the next one. The second pass calls ``training_step`` and
     ``on_after_backward`` again.
@@ -35,6 +37,13 @@ class SharpnessAware(Callback):
 
     def __init__(self) -> None:
         self._batches: list[tuple[Any, int]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning refuses to clip the gradients of an optimizer that unscales them, also where there is no scaler.
+        if getattr(trainer.precision_plugin, "scaler", None) is None:
+            for optimizer in trainer.optimizers:
+                if isinstance(optimizer, TwoPass | FusedOptimizer):
+                    optimizer._step_supports_amp_scaling = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:

@@ -428,3 +428,20 @@ def test_momentum_sam_stays_clean_when_it_is_validated_after_training():
     trainer.validate(module, loader(), verbose=False)
     assert_equal(module.validated[-1], clean)
     assert_equal(copied(module.network), clean)
+
+
+@pytest.mark.parametrize("optimizer_cls", [FSAM, MomentumSAM])
+def test_gradients_are_clipped_in_bf16_mixed_where_there_is_no_scaler(optimizer_cls):
+    class Watched(Module):
+        norms: list[float] = []  # noqa: RUF012
+
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            grads = [p.grad.norm() for p in self.network.parameters() if p.grad is not None]
+            self.norms.append(float(torch.stack(grads).norm()))
+
+    module = Watched(optimizer_cls=optimizer_cls)
+    Watched.norms.clear()
+    fit(module, [SharpnessAware()], precision="bf16-mixed", gradient_clip_val=1e-3)
+    assert len(module.norms) == BATCHES * (2 if optimizer_cls is FSAM else 1)
+    assert max(module.norms) <= 1e-3 * 1.001

@@ -83,7 +83,7 @@ def zero_resumed(kind: Callable, rank: int) -> list[Tensor]:
 
 
 def reduced_by_hand(kind: Callable, rank: int, how: str) -> list[Tensor]:
-    """Gradients are averaged by hand, which raises no version counters; a part of the model is used on one rank alone."""
+    """Gradients are averaged by hand, which raises no version counters; one rank alone uses a part of the model."""
     model = square_model()
     optimizer = kind(model.parameters(), lr=LR)
     Problem().loss(model.parameters(), 0).backward()
@@ -176,5 +176,6 @@ def test_ranks_agree_where_they_do_under_torchs_optimizer(results, name, kind):
     (theirs, ours), (other_theirs, other_ours) = (result[f"{name} {kind}"] for result in results)
     if all(map(torch.equal, theirs, other_theirs)):
         assert all(map(torch.equal, ours, other_ours))
-    moved = [float((p - start.detach()).abs().max()) for p, start in zip(ours, square_model().parameters(), strict=True)]
+    pairs = zip(ours, square_model().parameters(), strict=True)
+    moved = [float((p - start.detach()).abs().max()) for p, start in pairs]
     assert min(moved) > LR / 2

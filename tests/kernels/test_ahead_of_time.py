@@ -1,7 +1,7 @@
 """Compiles the kernels for NVIDIA and AMD targets, which needs no GPU, and judges the machine code.
 
-Held for each build below: no spills; passes over blocks use no shared memory. On the main path, whole and aligned blocks,
-also: vector accesses alone, each array once; registers; instructions that leave time for the memory. `python -m
+Held for each build below: no spills; passes over blocks use no shared memory. On the main path, whole and aligned
+blocks, also: vector accesses alone, each array once; registers; instructions that leave time for the memory. `python -m
 bench.codegen` prints the figures, and those of every other configuration.
 """
 
@@ -117,8 +117,8 @@ def operands(one: kb.Build) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("one", MAIN + METHODS, ids=names)
 def test_registers_leave_room_for_enough_threads(one):
-    """At most 40 with four elements a thread: six programs of 256 threads on a processor of 65536 registers. With eight,
-    where all is of 16 bits, at most 64: as many elements are under way."""
+    """At most 40 with four elements a thread: six programs of 256 threads on a processor of 65536 registers. With
+    eight, where all is of 16 bits, at most 64: as many elements are under way."""
     assert resources(one, "sm_90").registers <= (40 if one.lanes == blocks.LANES else 64)
 
 

@@ -11,7 +11,7 @@ from fsam_triton.kernels import coefficients, cpu, formulas, spec
 # More than one program has.
 N = coefficients.ROWS + 37
 TYPES = [torch.float32, torch.float64]
-# A power is a product of up to 48 factors (see `coefficients._power`), and its difference to 1 may be a thousandth of it.
+# A power is a product of up to 48 factors (see `coefficients._power`); its difference to 1 may be a thousandth of it.
 TOLERANCE = {torch.float32: 2.0**-23, torch.float64: 48e3 * 2.0**-53}
 
 

@@ -1,4 +1,4 @@
-"""What the launchers have Triton compile for a GPU, seen without one: it is what is compiled ahead of time elsewhere."""
+"""What the launchers have Triton compile for a GPU, seen without one: it is what is compiled ahead of time."""
 
 import itertools
 from types import SimpleNamespace
@@ -101,7 +101,7 @@ def test_what_is_launched_is_what_is_compiled_ahead_of_time(launched, one):
 
 @pytest.mark.parametrize("one", [BUILDS[0], kb.norm_build("bf16"), kb.gap_build("fp32")], ids=lambda one: one.name)
 def test_nothing_is_known_of_the_extent_of_what_tables_count_from(launched, one):
-    """On AMD Triton takes offsets from small tensors for 32-bit numbers: right for lanes, wrong for tensors elsewhere."""
+    """On AMD Triton takes offsets from small tensors for 32-bit numbers: right for lanes, wrong for other tensors."""
     attributes = launched("hip", *call(one))["configs"][0]
     names = [parameter.name for parameter in one.kernel.params]
     limited = {names[place[0]] for place, found in attributes.items() if ["tt.pointer_range", 32] in found}

@@ -379,7 +379,9 @@ def _actions(kind: str, count: int, eps: float, can_choose: bool) -> st.SearchSt
         others.append(st.builds(SetTrainable, st.sampled_from([None, 0.3, 0.6])))
     halfway = steps if kind == "AdamWL2SP" else st.builds(Halfway, _passes(count))
     action = st.one_of(steps, by_hand, halfway, halfway, *(st.one_of(others) for _ in range(4)))
-    return st.lists(action, min_size=4, max_size=8)
+    actions = st.lists(action, min_size=4, max_size=8)
+    # Before a first step MomentumSAM has nothing to perturb along.
+    return st.builds(lambda step, others: [step, *others], steps, actions) if kind == "MomentumSAM" else actions
 
 
 @st.composite
