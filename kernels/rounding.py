@@ -110,8 +110,8 @@ def stochastic_round(x, half, dtype: tl.constexpr):
     if dtype == tl.bfloat16:
         y = ((x.to(tl.uint32, bitcast=True) + half) & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
-        # fp16 has 10 bits after the leading one; subnormals have the step of the smallest normal number. The noise is an
-        # odd multiple of 2**-13 steps, its 13 bits are the upper ones of an integer.
+        # fp16 has 10 bits after the leading one; subnormals have the step of the smallest normal number. The noise is
+        # an odd multiple of 2**-13 steps, its 13 bits are the upper ones of an integer.
         binade = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         unit = tl.maximum(binade * 2.0**-42, 2.0**-56)
         noise = (((half << 16) & 0xFFF80000) | 0x80000).to(tl.int32, bitcast=True).to(tl.float32)

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from ..errors import check
 from ..optim.adamw_l2sp import AdamWL2SP
 from ..optim.fsam import FSAM
+from ..optim.two_pass import TwoPass
 
 
 def create_optimizer(
@@ -89,8 +90,9 @@ class SharpnessAwareMixin:
             its own).
 
     Raises:
-        ValueError: the optimizer is not an FSAM, or wants single samples (gamma < 1); optimizer_kwargs are given beside
-            an optimizer; DeepSpeed or FSDP is to be used.
+        ValueError: the optimizer is neither an FSAM nor a SAM, or wants single samples (gamma < 1); optimizer_kwargs
+            are given beside an optimizer; ``args.optim`` or ``args.optim_args`` ask for another one; DeepSpeed or
+            FSDP is to be used.
 
     Example:
         >>> import transformers
@@ -110,6 +112,14 @@ class SharpnessAwareMixin:
         unused = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         allowed = "must be None with optimizers or optimizer_cls_and_kwargs"
         check(not (optimizer_kwargs and unused), "optimizer_kwargs", optimizer_kwargs, allowed)
+        if not unused:
+            # They would be left unread.
+            names = ("adamw_torch", "adamw_torch_fused")
+            allowed = f"must be one of {', '.join(names)}: an FSAM is made, by optimizer_kwargs"
+            check(self.args.optim in names, "args.optim", str(self.args.optim), allowed)
+            check(
+                not self.args.optim_args, "args.optim_args", self.args.optim_args, "must be None: give optimizer_kwargs"
+            )
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         check(
             not sharded,
@@ -126,7 +136,12 @@ class SharpnessAwareMixin:
             self.optimizer = create_optimizer(model, self.args, **{"decays": decays, **self.optimizer_kwargs})
         optimizer = super().create_optimizer(model)
         own = self._sam
-        check(isinstance(own, FSAM), "optimizer", type(own).__name__, "must be an FSAM; others need no second pass")
+        check(
+            isinstance(own, TwoPass),
+            "optimizer",
+            type(own).__name__,
+            "must be an FSAM or SAM; others need no second pass",
+        )
         check(own.gamma == 1, "gamma", own.gamma, "must be 1 with a Trainer: it has no losses of single samples")
         return optimizer
 
@@ -142,7 +157,7 @@ class SharpnessAwareMixin:
             return super().train(*args, **kwargs)
         except BaseException:
             # Between the second pass and the step Trainer clips gradients and calls callbacks.
-            if isinstance(self._sam, FSAM):
+            if isinstance(self._sam, TwoPass):
                 self._sam.restore()
             raise
 

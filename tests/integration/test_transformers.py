@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fsam_triton import FSAM, AdamWL2SP, FisherMask, MomentumSAM, Schedule
+from fsam_triton import SAM as SAM_AROUND
 from tests.integration.tiny import assert_equal, batch_of, bert, copied, samples, saved_in
 
 transformers = pytest.importorskip("transformers")
@@ -605,3 +606,18 @@ def test_trainer_refuses_what_it_cannot_do(given, message, tmp_path):
 def test_library_itself_does_not_import_transformers():
     code = "import sys, fsam_triton; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("asked", [{"optim": "adafactor"}, {"optim_args": "rho=0.1"}], ids=["optim", "optim_args"])
+def test_another_optimizer_in_the_arguments_is_not_left_unread(asked, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(asked))):
+        sam_trainer(tmp_path, bert(), **asked)
+
+
+def test_steps_of_a_sam_around_adamw_are_those_of_an_fsam(tmp_path):
+    model, other = bert(hidden_dropout_prob=0.0), bert(hidden_dropout_prob=0.0)
+    base = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-2, weight_decay=0.0)
+    fused = FSAM(other.parameters(), lr=1e-2, eps=1e-2, weight_decay=0.0, rho=0.5)
+    for own, optimizer in ((model, SAM_AROUND(base, rho=0.5)), (other, fused)):
+        trained(sam_trainer(tmp_path, own, given={"optimizer_kwargs": None, "optimizers": (optimizer, None)}))
+    assert_close(copied(model), copied(other))
