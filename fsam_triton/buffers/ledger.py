@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..errors import check
 from .lanes import Lanes, Member, Moved, Perturbed, sharing
 from .sharded import ShardedLanes, is_sharded, local, shard_groups
 from .sparse import SparseLanes
@@ -145,6 +146,11 @@ class Ledger:
                 shards = shard_groups(p) if is_sharded(p) else None
                 key = (p.device, local(p).dtype, shards, indices is not None, self._structure(group, position))
                 trained.append((Member(p, group, position, number), indices, key))
+        seen: set[int] = set()
+        for member, _, _ in trained:
+            # It would have two states.
+            check(id(member.p) not in seen, f"parameter {member}", "twice", "must be in the groups once")
+            seen.add(id(member.p))
         self.forget()
         pairs = sharing([local(member.p) for member, _, _ in trained])
         for numbers in pairs:

@@ -44,7 +44,7 @@ CASES = {
     "sam-accumulated-by-hand": Case(micro_batches=3, by_closure=False),
     "sam-bucket-views": Case(ddp={"gradient_as_bucket_view": True}, micro_batches=2),
     "sam-wrapped-last": Case(wrapped_last=True),
-    "sam-static-grads": Case(arguments={"static_grads": True}),
+    "sam-flat": Case(arguments={"flatten": True}),
     "sam-static-graph": Case(ddp={"static_graph": True}),
     "fisher": Case(arguments={"mask": MASK}),
     "fisher-by-hand-accumulated": Case(arguments={"mask": MASK}, by_closure=False, micro_batches=2),

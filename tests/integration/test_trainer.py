@@ -59,11 +59,15 @@ def trainer_for(folder: Path, model: nn.Module, callbacks=(), optimizers=None, *
 
 
 def finish(trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Perturbed and clean weights at the end of a training."""
-    trainer.optimizer.train()
+    """The weights that a next step would begin with, perturbed, and the clean ones, at the end of a training."""
+    optimizer = trainer.optimizer.optimizer
+    clean = copied(trainer.model)
+    optimizer.train()
+    optimizer.perturb()
     perturbed = copied(trainer.model)
-    trainer.optimizer.eval()
-    return perturbed, copied(trainer.model)
+    optimizer.restore()
+    assert_equal(copied(trainer.model), clean)
+    return perturbed, clean
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +146,11 @@ class Stop(transformers.TrainerCallback):
 
 
 def test_best_model_loaded_at_the_end_is_the_one_that_is_saved_and_evaluated(tmp_path):
-    """The last step was not evaluated, so the optimizer is in train mode when the best weights are loaded."""
+    """The last step was not evaluated, so the optimizer is in train mode when the best weights are loaded into it."""
     best_by_loss = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
     trainer = trainer_for(tmp_path, bert(), [Stop()], eval_steps=2, save_steps=2, **best_by_loss)
     trainer.train()
-    assert trainer.optimizer.optimizer.perturbed
+    assert not trainer.optimizer.optimizer.perturbed
     best = saved_in(Path(trainer.state.best_model_checkpoint))
     trainer.save_model(tmp_path / "best")
     assert_equal(saved_in(tmp_path / "best"), best)
@@ -195,7 +199,7 @@ class Loop:
         return weights
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"static_grads": True}], ids=["plain", "static_grads"])
+@pytest.mark.parametrize("kwargs", [{}, {"flatten": True}], ids=["in place", "flat"])
 def test_accelerates_saved_state_resumes_to_the_same_bits(kwargs, tmp_path):
     loop, other = Loop(0, **kwargs), Loop(1, **kwargs)
     loop.train(slice(0, 4))

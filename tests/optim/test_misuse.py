@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fsam_triton import FSAM, AdamWL2SP, ArgumentError, MomentumSAM
+from fsam_triton import FSAM, SAM, AdamWL2SP, ArgumentError, MomentumSAM
 from tests.reference import Problem, small_model
 from tests.training import assert_same_bits, assert_unchanged, closure_of, train, weights_of
 
@@ -96,6 +96,26 @@ def test_parameter_in_two_groups_is_refused(kind):
     weight = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="more than one parameter group"):
         kind([{"params": [weight]}, {"params": [weight]}])
+
+
+@every_kind
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_parameter_that_is_twice_in_a_group_is_refused_by_name(kind):
+    """PyTorch's updates it twice, and says that it will raise an error."""
+    weight, bias = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    with pytest.raises(ArgumentError) as error:
+        kind([("weight", weight), ("bias", bias), ("tied.weight", weight)])
+    assert error.value.name == "parameter 'tied.weight'"
+
+
+@pytest.mark.parametrize("kind", [*KINDS, lambda params: SAM(torch.optim.SGD(params, lr=0.1))])
+def test_parameter_that_is_put_into_the_groups_a_second_time_is_refused(kind):
+    model = small_model()
+    optimizer = kind(model.parameters())
+    optimizer.param_groups[0]["params"].append(model["dense"].weight)
+    with pytest.raises(ArgumentError, match="twice"):
+        optimizer.step(closure_of(model, optimizer, 0))
+    assert_same_bits(model, small_model())
 
 
 @every_kind
