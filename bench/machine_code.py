@@ -202,7 +202,7 @@ def _is_to_array(i: Instruction, one: Build, target: str) -> bool:
 
 
 _AMD_BYTES = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "b32": 4, "b64": 8, "b96": 12, "b128": 16}
-_AMD_BYTES |= dict.fromkeys(("ubyte", "sbyte", "byte", "u8", "i8", "b8"), 1)
+_AMD_BYTES |= dict.fromkeys(("ubyte", "sbyte", "byte", "u8", "i8", "b8", "d16_u8", "d16_hi_u8", "d16_hi_b8"), 1)
 _AMD_BYTES |= dict.fromkeys(("ushort", "sshort", "short", "short_d16", "short_d16_hi"), 2)
 _AMD_BYTES |= dict.fromkeys(("u16", "i16", "b16", "d16_b16", "d16_hi_b16"), 2)
 
