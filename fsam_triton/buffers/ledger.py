@@ -130,6 +130,8 @@ class Ledger:
 
     def _arrange(self, groups: list[dict[str, Any]], state: dict[Parameter, dict[str, Any]]) -> None:
         before = self._places
+        # Since `renew`, what there was is of another state.
+        chosen = {} if self._params is None else {p: place for p, place in before.items() if not state.get(p)}
         if any(lanes.perturbed is not None for lanes in self._all):
             self.restore()
         trained: list[tuple[Member, Tensor | None, Hashable]] = []
@@ -172,6 +174,7 @@ class Ledger:
             self._places |= {p: (lanes, i) for i, p in enumerate(lanes.params)}
             self._carry_anchors(lanes, before)
             self._prepare(lanes, [entry for p in lanes.params if (entry := state.get(p))])
+            self._carry_masks(lanes, chosen)
             lanes.fits()
         self._idle = idle
         self._sharing = [trained[i][0].number for i, _ in pairs]
@@ -189,6 +192,19 @@ class Ledger:
             if type(old) is type(lanes) and old.shapes[j] == lanes.shapes[i]:
                 lanes.lane("anchor", lanes.dtype)
                 lanes.set(i, "anchor", old.views("anchor")[j], like_parameter=False)
+
+    @staticmethod
+    def _carry_masks(lanes: Lanes, before: Mapping[Parameter, tuple[Lanes, int]]) -> None:
+        """Masks, and what they are chosen by, are chosen also for parameters that no state has been made for yet."""
+        for i, p in enumerate(lanes.params):
+            old, j = before.get(p, (None, 0))
+            if type(old) is not type(lanes) or old.shapes[j] != lanes.shapes[i]:
+                continue
+            if "mask" in old.lanes and "mask" in lanes.lanes:
+                lanes.plan.words(lanes.lanes["mask"], i).copy_(old.plan.words(old.lanes["mask"], j))
+            if "fisher" in old.lanes:
+                lanes.lane("fisher", old.lanes["fisher"].dtype)
+                lanes.views("fisher")[i].copy_(old.views("fisher")[j])
 
     def collect(
         self, groups: list[dict], state: dict, with_state: bool = True

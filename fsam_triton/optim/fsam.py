@@ -173,7 +173,7 @@ class FSAM(TwoPass, FusedOptimizer):
     def _prepare(self, lanes: Lanes, entries: list[Mapping[str, Any]]) -> None:
         super()._prepare(lanes, entries)
         names = {name for entry in entries for name in entry}
-        if self.mask is not None and "mask" in names:
+        if self.mask is not None and ("mask" in names or lanes.groups[0]["ascents"] > 0):
             self.ascent.words(lanes)
         for name in {"fisher", "orthogonal"} & names:
             dtype = compute_dtype(lanes.dtype) if name == "fisher" else lanes.dtype
