@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from . import spec
+from .rules import adamw_row, lion_row, sgd_row
 
 # Segments of a program.
 ROWS = 128
@@ -16,28 +17,10 @@ _CLIMB, _PERTURB = tl.constexpr(len(spec.CLIMB)), tl.constexpr(len(spec.PERTURB)
 _RHO, _CHANCE = (tl.constexpr(spec.CLIMB.index(name)) for name in ("rho", "chance"))
 _SCALE, _OF_CHANCE = (tl.constexpr(spec.PERTURB.index(name)) for name in ("scale", "chance"))
 # The first columns are those of every rule.
-_LR, _RATE, _SIGN, _ALPHA, _MAX_NORM, _AVERAGE = (
-    tl.constexpr(spec.NUMBERS["adamw"].index(name)) for name in ("lr", "rate", "sign", "alpha", "max_norm", "average")
+_SIGN, _ALPHA, _MAX_NORM, _AVERAGE = (
+    tl.constexpr(spec.NUMBERS["adamw"].index(name)) for name in ("sign", "alpha", "max_norm", "average")
 )
-_FACTOR, _OTHER, _OF_AVERAGE, _DECAY = (
-    tl.constexpr(spec.DESCEND["adamw"].index(name)) for name in ("factor", "other", "rate", "decay")
-)
-
-
-def _places(columns: tuple[str, ...], *names: str) -> list[tl.constexpr]:
-    return [tl.constexpr(columns.index(name)) for name in names]
-
-
-_BETA1, _BETA2, _EPS = _places(spec.NUMBERS["adamw"], "beta1", "beta2", "eps")
-_MOMENTUM, _NEW, _OF_GRAD, _OF_BUFFER = _places(spec.NUMBERS["sgd"], "momentum", "new", "of_grad", "of_buffer")
-_LION_BETA1, _LION_BETA2 = _places(spec.NUMBERS["lion"], "beta1", "beta2")
-_TO_NEW1, _TO_BETA2, _TO_NEW2, _TO_STEP_SIZE, _TO_INV_SQRT_BIAS2, _TO_EPS = _places(
-    spec.DESCEND["adamw"], "new1", "beta2", "new2", "step_size", "inv_sqrt_bias2", "eps"
-)
-_TO_MOMENTUM, _TO_NEW, _TO_OF_GRAD, _TO_OF_BUFFER, _TO_SGD_LR = _places(
-    spec.DESCEND["sgd"], "momentum", "new", "of_grad", "of_buffer", "lr"
-)
-_TO_BETA1, _TO_LION_NEW1, _TO_LION_NEW2, _TO_LION_LR = _places(spec.DESCEND["lion"], "beta1", "new1", "new2", "lr")
+_FACTOR, _OTHER, _OF_AVERAGE = (tl.constexpr(spec.DESCEND["adamw"].index(name)) for name in ("factor", "other", "rate"))
 
 
 @triton.jit
@@ -49,18 +32,6 @@ def _keys(step, row, inside, purpose):
     key = (key ^ (key >> 15)) * tl.full([], _MIX0, tl.uint32)
     key = (key ^ (key >> 15)) * tl.full([], _MIX1, tl.uint32)
     return ((key ^ (key >> 16)) + start * tl.full([], _WEYL, tl.uint32)).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _power(base, exponent):
-    """base ** exponent for whole numbers below 2**24, fp64: exact for 1, and rounded once for 2."""
-    left = exponent.to(tl.int32)
-    result = tl.full(base.shape, 1.0, tl.float64)
-    for _ in range(24):
-        result = tl.where(left & 1 != 0, result * base, result)
-        base = base * base
-        left = left >> 1
-    return result
 
 
 @triton.jit
@@ -144,42 +115,6 @@ def _direction(COMBINED: tl.constexpr, measured_ptr, alpha, scale_ptr, other_sca
     return own, other, norm_sq
 
 
-@triton.jit
-def _store_adamw(coef, numbers, step, inside):
-    lr = tl.load(numbers + _LR, mask=inside)
-    beta1, beta2 = tl.load(numbers + _BETA1, mask=inside), tl.load(numbers + _BETA2, mask=inside)
-    tl.store(coef + _DECAY, lr * tl.load(numbers + _RATE, mask=inside), mask=inside)
-    tl.store(coef + _TO_NEW1, 1 - beta1, mask=inside)
-    tl.store(coef + _TO_BETA2, beta2, mask=inside)
-    tl.store(coef + _TO_NEW2, 1 - beta2, mask=inside)
-    tl.store(coef + _TO_STEP_SIZE, lr / (1 - _power(beta1, step)), mask=inside)
-    tl.store(coef + _TO_INV_SQRT_BIAS2, 1.0 / tl.sqrt(1 - _power(beta2, step)), mask=inside)
-    tl.store(coef + _TO_EPS, tl.load(numbers + _EPS, mask=inside), mask=inside)
-
-
-@triton.jit
-def _store_sgd(coef, numbers, step, inside):
-    # The first gradient is the first momentum, undampened.
-    first = step <= 1
-    tl.store(coef + _DECAY, tl.load(numbers + _RATE, mask=inside), mask=inside)
-    tl.store(coef + _TO_MOMENTUM, tl.where(first, 0.0, tl.load(numbers + _MOMENTUM, mask=inside)), mask=inside)
-    tl.store(coef + _TO_NEW, tl.where(first, 1.0, tl.load(numbers + _NEW, mask=inside)), mask=inside)
-    tl.store(coef + _TO_OF_GRAD, tl.load(numbers + _OF_GRAD, mask=inside), mask=inside)
-    tl.store(coef + _TO_OF_BUFFER, tl.load(numbers + _OF_BUFFER, mask=inside), mask=inside)
-    tl.store(coef + _TO_SGD_LR, tl.load(numbers + _LR, mask=inside), mask=inside)
-
-
-@triton.jit
-def _store_lion(coef, numbers, step, inside):
-    lr = tl.load(numbers + _LR, mask=inside)
-    beta1 = tl.load(numbers + _LION_BETA1, mask=inside)
-    tl.store(coef + _DECAY, lr * tl.load(numbers + _RATE, mask=inside), mask=inside)
-    tl.store(coef + _TO_BETA1, beta1, mask=inside)
-    tl.store(coef + _TO_LION_NEW1, 1 - beta1, mask=inside)
-    tl.store(coef + _TO_LION_NEW2, 1 - tl.load(numbers + _LION_BETA2, mask=inside), mask=inside)
-    tl.store(coef + _TO_LION_LR, lr, mask=inside)
-
-
 @triton.jit(do_not_specialize=["count", "purpose"])
 def descend_coefficients_kernel(
     numbers_ptr,
@@ -251,11 +186,11 @@ def descend_coefficients_kernel(
     # NaN where the update is skipped.
     tl.store(coef + _OF_AVERAGE, tl.load(numbers + _AVERAGE, mask=inside) + 0.0 * of_grad, mask=inside)
     if RULE == "adamw":
-        _store_adamw(coef, numbers, step, inside)
+        adamw_row(coef, numbers, step, inside)
     elif RULE == "sgd":
-        _store_sgd(coef, numbers, step, inside)
+        sgd_row(coef, numbers, step, inside)
     else:
-        _store_lion(coef, numbers, step, inside)
+        lion_row(coef, numbers, step, inside)
 
 
 def _signed(word: int) -> int:

@@ -50,8 +50,7 @@ def test_every_sam_step_restores_and_updates_as_adamw_does(implementation):
     expected = make_parameters(SHAPES, torch.float32)
     adamw = torch.optim.AdamW(expected, lr=1e-5)
     params = stepped(implementation.build, traffic.FP32)
-    # Ours makes two steps when it is built.
-    for _ in range(STEPS + 2 * implementation.name.startswith("FSAM")):
+    for _ in range(STEPS):
         adamw.step()
     for p, wanted in zip(params, expected, strict=True):
         # Four roundings of a weight below 1/8 in each step; and the update's own, relative to lr.
@@ -78,7 +77,7 @@ def test_room_is_enough_for_what_a_step_takes(implementation):
 
 @pytest.mark.parametrize(
     ("precision", "norm", "perturb", "descend"),
-    [(traffic.FP32, 4, 16, 28), (traffic.MASTER, 2, 6, 28), (traffic.BF16, 2, 8, 14)],
+    [(traffic.FP32, 4, 16, 28), (traffic.MASTER, 2, 8, 26), (traffic.BF16, 2, 8, 14)],
     ids=lambda value: getattr(value, "name", None),
 )
 def test_a_sam_step_moves_the_bytes_that_the_passes_do(precision, norm, perturb, descend):

@@ -203,11 +203,11 @@ class FusedOptimizer(Optimizer):
             check(is_finite(value) and value >= 0, name, value, "must be a finite number >= 0")
 
     def _check_parameters(self, group: dict[str, Any]) -> None:
+        first: dict[int, int] = {}
         for i, p in enumerate(group["params"]):
             label = f"parameter {group['param_names'][i]!r}" if "param_names" in group else f"parameter number {i}"
             check(not is_lazy(p), label, "uninitialized", "run the model once before")
-            first = next(j for j, other in enumerate(group["params"]) if other is p)
-            check(first == i, label, "twice", "must be in the groups once")
+            check(first.setdefault(id(p), i) == i, label, "twice", "must be in the groups once")
             if not p.requires_grad:
                 continue
             # A quantised weight, say, whose numbers are not in its own memory.

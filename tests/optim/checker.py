@@ -227,6 +227,9 @@ class Checker:
         assert torch.equal(clean[name], values.to(clean[name].dtype))
         self.clean[name] = clean[name]
         state = self.main.optimizer.state.get(self.main.model.get_parameter(name), {})
+        if action.how == "load":
+            # The others are loaded with their own clean weights.
+            self.oracle.unperturb()
         # A master keeps what was below the last digit of the parameter.
         self.oracle.edit(name, self._master_weight(name) if "remainder" in state else values)
 
@@ -234,9 +237,9 @@ class Checker:
         if action.how == "replace":
             p.data = values
         elif action.how == "load":
-            name = [name for name, _ in model.named_parameters()][action.number]
-            state = {n: v for n, v in model.state_dict().items() if v.data_ptr() != p.data_ptr() or n == name}
-            model.load_state_dict(state | {name: values}, strict=False)
+            state = model.state_dict()
+            names = [n for n, own in model.named_parameters(remove_duplicate=False) if own is p]
+            model.load_state_dict(state | dict.fromkeys(names, values))
         elif action.how == "data" and not self.perturbed:
             p.data.copy_(values)
         else:
@@ -252,6 +255,7 @@ class Checker:
     def do_addgroup(self, action: programs.AddGroup, seed: int) -> None:
         if self.keep is not None or len(self.added) == 2:
             return
+        self._restore_under_a_mask()
         for run in self.runs:
             added = run.model.add(action.layout)
             run.optimizer.add_param_group({"params": [added], **action.options})
@@ -271,7 +275,13 @@ class Checker:
         self._note_build(self.main.model)
         self.oracle.set_trainable({name: values for name, (values, _) in self.built.items()}, self._trained())
 
+    def _restore_under_a_mask(self) -> None:
+        """A look at the mask of other parameters restores."""
+        if self.oracle.mask is not None:
+            self.do_restore(None, 0)
+
     def do_freeze(self, action: programs.Freeze, seed: int) -> None:
+        self._restore_under_a_mask()
         for run in self.runs:
             p = list(run.model.parameters())[action.number % len(self.layouts)]
             p.requires_grad_(action.number % len(self.layouts) == 0 or not p.requires_grad)

@@ -98,6 +98,11 @@ class Oracle(ReferenceFSAM):
                 if self.eps is not None:
                     self.eps[i] = torch.zeros_like(entry.weight)
 
+    def unperturb(self) -> None:
+        """Somebody has written all clean weights."""
+        if self.eps is not None:
+            self.eps = [torch.zeros_like(eps) for eps in self.eps]
+
     def gradients_of(self, gradients: dict[str, Tensor | None]) -> list[Tensor | None]:
         """Those of the trained weights, in fp64, in the order of the entries."""
         out = []
