@@ -61,10 +61,10 @@ def perturb(
     weights: Tensors, grads: Tensors, rho: float, dtype: torch.dtype, mask: FisherMask | None = None, **arguments
 ) -> tuple[Tensors, Tensors]:
     """What FSAM adds to the weights if they are stored as `dtype`, and what it should add, both in fp32."""
-    params = {name: Parameter(w.to(dtype.clone())) for name, w in weights.items()}
+    params = {name: Parameter(w.to(dtype, copy=True)) for name, w in weights.items()}
     for name, p in params.items():
         p.grad = grads[name].to(dtype)
-    before = {name: p.detach().float() for name, p in params.items()}
+    before = {name: p.detach().float().clone() for name, p in params.items()}
     # mask_norm="masked" makes the perturbation as long as rho with a mask too.
     optimizer = FSAM(params.items(), rho=rho, mask=mask, mask_norm="masked", **arguments)
     optimizer.perturb()
