@@ -102,14 +102,18 @@ def _fsam(params: Sequence[Parameter], precision: Precision, **arguments: object
     """Both halves of FSAM's step, whose second gradients are the first ones again, where a backward pass puts them."""
     optimizer = FSAM(params, lr=LR, rho=RHO, master_weights=precision.master, **arguments)
     given = [p.grad for p in params]
+    # GSAM keeps the first gradients, so the second ones need memory of their own.
+    second = [grad.clone() for grad in given] if "alpha" in arguments else given
 
-    def step(grads: Iterable[Tensor]) -> None:
+    def step() -> None:
+        for p, grad in zip(params, given, strict=True):
+            p.grad = grad
         optimizer.perturb()
-        for p, grad in zip(params, grads, strict=True):
+        for p, grad in zip(params, second, strict=True):
             p.grad = grad
         optimizer.step()
 
-    return lambda: step(given)
+    return step
 
 
 def _single(kind: type[AdamWL2SP | MomentumSAM]) -> Callable[[Sequence[Parameter], Precision], Step]:
