@@ -156,6 +156,10 @@ class Segments:
         return self._relative
 
 
+# How often tensors may have moved in one captured CUDA graph: a step or two, whose gradients come and go.
+_TABLES_IN_A_CAPTURE = 4
+
+
 class Uploaded:
     """A table that is sent to the device again only when it has changed."""
 
@@ -163,17 +167,18 @@ class Uploaded:
         self._host: np.ndarray | None = None
         self._device: Tensor | None = None
         # Pinned memory for a capture, during which none may be asked for.
-        self._spare: Tensor | None = None
+        self._spare: list[Tensor] = []
 
     def table(self, table: np.ndarray, device: torch.device) -> Tensor:
         """The table on the device."""
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if self._host is None or not np.array_equal(table, self._host):
             host = torch.from_numpy(table)
-            if capturing and self._spare is not None and self._spare.shape == host.shape:
-                host, self._spare = self._spare.copy_(host), None
-            elif device.type == "cuda" and self._spare is None and not capturing:
-                self._spare = torch.empty_like(host).pin_memory()
+            if capturing and self._spare and self._spare[-1].shape == host.shape:
+                host = self._spare.pop().copy_(host)
+            elif device.type == "cuda" and not capturing:
+                missing = _TABLES_IN_A_CAPTURE - len(self._spare)
+                self._spare += [torch.empty_like(host).pin_memory() for _ in range(missing)]
             self._host, self._device = table, upload(host, device)
         if capturing:
             _captured.append(self._device)

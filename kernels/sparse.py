@@ -1,15 +1,16 @@
 """The way of selected weights and gradients into compact buffers and back, one launch for all tensors."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from .blocks import LANES, WARPS
 from .jobs import jobs_of
-from .segments import upload
+from .segments import Uploaded
 
 # One element a thread: there are no neighbours that one access could take together.
 BLOCK = LANES
@@ -40,31 +41,25 @@ def sparse_kernel(anchor_ptr, places_ptr, jobs_ptr, index_ptr, compact_ptr, SCAT
         tl.store(compact_ptr + j, tl.load(place, mask=inside), mask=inside)
 
 
-def _places(addresses: tuple[int, ...], size: int) -> torch.Tensor:
-    return torch.tensor([(address - addresses[0]) // size for address in addresses], dtype=torch.int64)
-
-
 @functools.lru_cache(maxsize=64)
-def _kept(device: torch.device, make: Callable[..., torch.Tensor], *arguments) -> torch.Tensor:
-    return upload(make(*arguments), device)
-
-
-def _on_device(device: torch.device, make: Callable[..., torch.Tensor], *arguments) -> torch.Tensor:
-    """A table, sent again only when it has changed."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # What a graph copies is there when it is replayed, and must stay as long as the graph.
-        return _kept.__wrapped__(device, make, *arguments)
-    return _kept(device, make, *arguments)
+def _tables(device: torch.device, offsets: tuple[int, ...], counts: tuple[int, ...], scatter: bool) -> list[Uploaded]:
+    """Places and jobs of calls with these arguments, on the device."""
+    return [Uploaded(), Uploaded()]
 
 
 def _launch(tensors, index, compact, offsets, counts, scatter: bool) -> None:
-    jobs = _on_device(compact.device, jobs_of, tuple(offsets), tuple(counts), BLOCK, _CPU)
+    offsets, counts, device = tuple(offsets), tuple(counts), compact.device
+    jobs = jobs_of(offsets, counts, BLOCK, _CPU).numpy()
     if not len(jobs):
         return
-    addresses = tuple(tensor.data_ptr() for tensor in tensors)
-    places = _on_device(compact.device, _places, addresses, compact.element_size())
+    addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
+    places = (addresses - addresses[0]) // compact.element_size()
+    places, sent_jobs = (
+        uploaded.table(table, device)
+        for uploaded, table in zip(_tables(device, offsets, counts, scatter), (places, jobs), strict=True)
+    )
     options = {"num_warps": WARPS, "enable_fp_fusion": False}
-    sparse_kernel[(len(jobs),)](tensors[0], places, jobs, index, compact, SCATTER=scatter, BLOCK=BLOCK, **options)
+    sparse_kernel[(len(jobs),)](tensors[0], places, sent_jobs, index, compact, SCATTER=scatter, BLOCK=BLOCK, **options)
 
 
 def gather_(

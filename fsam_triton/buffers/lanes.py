@@ -228,9 +228,11 @@ class Lanes:
             RuntimeError: sparse gradient.
         """
         grads = self._grads()
-        if self._grads_alike is not None and not any(map(is_, grads, repeat(None))) and self._grads_alike(*grads):
-            return grads
-        return self._usable(grads)
+        return grads if self.are_usable(grads) else self._usable(grads)
+
+    def are_usable(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether these are gradients of all parameters that passes can read as they are, as far as is known."""
+        return self._grads_alike is not None and not any(map(is_, grads, repeat(None))) and self._grads_alike(*grads)
 
     def _grads(self) -> list[Tensor | None]:
         return [p.grad for p in self.params]

@@ -79,7 +79,8 @@ class ShardedLanes(Lanes):
         return [self.shard_index * p.numel() for p in self.params]
 
     def memory(self) -> list[Tensor]:
-        return list(map(local, self.params))
+        # As `local`, which would ask each one what it is.
+        return [p._local_tensor for p in self.params]
 
     def versions(self) -> list[int]:
         # In-place operations count on the DTensor or on its shard, according to which of them they were called on.

@@ -221,6 +221,11 @@ class FSAM(TwoPass, FusedOptimizer):
 
     def _second_gradients(self, lanes: Lanes, grads: list[Tensor | None]) -> Sequence[Tensor | None] | None:
         if self._first:
+            firsts = list(map(self._first.get, lanes.params))
+            if lanes.are_usable(firsts) and lanes.are_usable(grads):
+                addresses = set(map(Tensor.data_ptr, firsts))
+                if addresses.isdisjoint(map(Tensor.data_ptr, grads)):
+                    return firsts
             pairs = zip(lanes.members, grads, strict=True)
             return [None if grad is None else self._first_of(member, grad) for member, grad in pairs]
         if self.schedule.reuse > 0 and any("orthogonal" in own.lanes for own in self.ledger):

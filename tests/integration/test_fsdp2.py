@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import Partial, distribute_tensor
@@ -30,6 +31,7 @@ from tests.integration.fsdp2 import (
     result_of,
     shard,
     train,
+    whole,
 )
 from tests.processes import eager_passes, run_example, spawn
 
@@ -53,6 +55,8 @@ def run_all(rank: int, n: int, folder) -> dict:
     if meshes["two"].get_coordinate() is not None:
         out["mixed precision"] = train_in_mixed_precision(meshes["two"])
         out["scaler"] = train_under_scaler(meshes["two"])
+        out["averaged loss"] = averaged_loss(meshes["two"])
+        out["clean"] = state_dict_between_passes(meshes["two"])
         out["by hand"] = {name: steps_by_hand(name, meshes["two"]) for name in BY_HAND}
     out["ties"] = masks_of_ties(meshes["three"])
     out["errors"] = {name: argument_refused(action, meshes["three"]) for name, action in REFUSED.items()}
@@ -70,6 +74,31 @@ def train_in_mixed_precision(mesh: DeviceMesh) -> dict:
     model = shard(PLAIN, make_model(PLAIN), mesh, mp_policy=policy)
     optimizer = make_optimizer(PLAIN, model)
     return result_of(optimizer, train(PLAIN, model, optimizer, *rank_and_size(mesh)))
+
+
+def averaged_loss(mesh: DeviceMesh | None = None) -> Tensor:
+    """Of the average of the weights, evaluated after the model has gathered the weights themselves."""
+    case = CASES["adamw"]
+    model = make_model(case) if mesh is None else shard(case, make_model(case), mesh)
+    optimizer = make_optimizer(case, model)
+    train(case, model, optimizer, *((0, 1) if mesh is None else rank_and_size(mesh)), stop=5)
+    with torch.no_grad():
+        loss_of(case, model, 1000, 0, 1)
+        with optimizer.ema_weights():
+            loss = loss_of(case, model, 1000, 0, 1)
+        return torch.stack([loss, loss_of(case, model, 1000, 0, 1)])
+
+
+def state_dict_between_passes(mesh: DeviceMesh) -> bool:
+    """Whether it shows the weights of before the perturbation."""
+    model = shard(PLAIN, make_model(PLAIN), mesh)
+    optimizer = make_optimizer(PLAIN, model)
+    loss_of(PLAIN, model, 0, *rank_and_size(mesh)).backward()
+    before = {name: whole(p) for name, p in model.named_parameters()}
+    optimizer.perturb()
+    shown = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    moved = not any(torch.equal(whole(p), before[name]) for name, p in model.named_parameters())
+    return moved and all(torch.equal(shown[name], value) for name, value in before.items())
 
 
 BY_HAND = {
@@ -251,6 +280,16 @@ def test_step_that_overflows_on_one_shard_is_skipped_on_all(results):
         assert result["scale"] == expected["scale"] == 128
         assert {float(state["step"]) for state in result["state"].values()} == {5.0}
         assert difference(result["weights"], expected["weights"]) <= PLAIN.tolerance
+
+
+@eager_passes()
+def test_average_of_the_weights_is_evaluated_like_in_one_process(results):
+    for result in of_members(results, "averaged loss"):
+        torch.testing.assert_close(result, averaged_loss())
+
+
+def test_state_dict_of_the_model_between_the_passes_is_clean(results):
+    assert all(of_members(results, "clean"))
 
 
 @pytest.mark.parametrize("what", REFUSED)

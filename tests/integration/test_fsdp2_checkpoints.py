@@ -1,5 +1,7 @@
 """Checkpoints of sharded training, by torch.distributed.checkpoint, fit any number of processes."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -37,7 +39,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # In the middle of what a mask is chosen by, and of LookSAM's interval.
 SAVED = ("adamw", "fisher", "looksam", "momentum-sam")
 FULL = StateDictOptions(full_state_dict=True)
-FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 # Its state has 16-bit integers, which no collective knows.
 MASTERS = Case(AdamWL2SP, {"master_weights": True}, torch.bfloat16)
 
@@ -105,11 +106,8 @@ def load_plain(mesh: DeviceMesh) -> dict:
         train(case, plain, optimizer, stop=HALF)
         model, sharded = begin(case, mesh, seed=1)
         if name == "adamw":
-            state, options = get_optimizer_state_dict(plain, optimizer), FROM_FIRST
-            weights = plain.state_dict()
-            if dist.get_rank() > 0:
-                weights, state = {}, {}
-            set_state_dict(model, sharded, model_state_dict=weights, optim_state_dict=state, options=options)
+            weights, state = plain.state_dict(), get_optimizer_state_dict(plain, optimizer)
+            set_state_dict(model, sharded, model_state_dict=weights, optim_state_dict=state, options=FULL)
         else:
             set_model_state_dict(model, plain.state_dict(), options=FULL)
             sharded.load_state_dict(optimizer.state_dict())
@@ -124,14 +122,16 @@ def steps_by_hand(model, optimizer, start: int, stop: int) -> None:
         optimizer.zero_grad()
 
 
-def masters_by_hand(mesh: DeviceMesh) -> tuple[dict, dict]:
+def masters_by_hand(mesh: DeviceMesh) -> tuple[dict, dict, dict]:
     model, optimizer = begin(MASTERS, mesh)
     steps_by_hand(model, optimizer, 0, HALF)
     weights, state = get_state_dict(model, optimizer, options=FULL)
+    # Loading puts shards into the dicts.
+    saved = copy.deepcopy((weights, state))
     other_model, other = begin(MASTERS, mesh, seed=1)
     set_state_dict(other_model, other, model_state_dict=weights, optim_state_dict=state, options=FULL)
     steps_by_hand(other_model, other, HALF, STEPS)
-    return {name: tensor.clone() for name, tensor in weights.items()}, state, result_of(other, [])
+    return *saved, result_of(other, [])
 
 
 @pytest.fixture(scope="module")

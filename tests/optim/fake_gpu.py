@@ -49,11 +49,14 @@ class Trace:
 
 
 class FakeGPU(TorchDispatchMode):
-    """Inside, tensors can be made on `DEVICE`; `trace` collects what is done with them."""
+    """Inside, tensors can be made on `DEVICE`; `trace` collects what is done with them.
+
+    While `capturing` is True, it is as if a CUDA graph was captured, when no pinned memory can be had.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.trace = Trace()
+        self.trace, self.capturing = Trace(), False
         self._addresses: dict[int, int] = {}
         self._next = itertools.count(1)
 
@@ -61,7 +64,7 @@ class FakeGPU(TorchDispatchMode):
         self._stack = contextlib.ExitStack()
         patch = self._stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         patch.setattr(Tensor, "data_ptr", lambda tensor: self._address(tensor))
         patch.setattr(Tensor, "pin_memory", lambda tensor: self._pin(tensor))
         patch.setattr(Tensor, "is_pinned", lambda tensor: getattr(tensor, "in_pinned_memory", False))
@@ -97,6 +100,8 @@ class FakeGPU(TorchDispatchMode):
         return start + tensor.storage_offset() * tensor.element_size()
 
     def _pin(self, tensor: Tensor) -> Tensor:
+        if self.capturing:
+            self.trace.faults.append("pinned memory is asked for in a capture")
         out = tensor.clone()
         out.in_pinned_memory = True
         return out

@@ -81,6 +81,7 @@ class Oracle(ReferenceFSAM):
             self.entries.append(entry)
             if self.eps is not None:
                 self.eps.append(torch.zeros_like(entry.weight))
+                self.first.append(None)
         self.groups.append(group)
 
     def set_trainable(self, weights: dict[str, Tensor], trained: dict[str, Tensor] | None) -> None:

@@ -76,7 +76,6 @@ PRECISIONS = {
     "fp16, masters": (torch.float16, {"master_weights": True}),
     "fp64": (torch.float64, {}),
 }
-every_precision = pytest.mark.parametrize("precision", PRECISIONS)
 
 
 class Training:
@@ -127,19 +126,19 @@ def faults(*traces: list[Trace]) -> list[str]:
     return [fault for some in traces for trace in some for fault in trace.faults]
 
 
-def kwargs_of(case: Case, precision: str) -> tuple[torch.dtype, dict]:
-    dtype, kwargs = PRECISIONS[precision]
-    if "around" in case.name and "master_weights" in kwargs:
-        pytest.skip("SAM has no master weights")
-    return dtype, {**case.kwargs, **kwargs}
+# SAM around another optimizer has no master weights.
+PAIRS = [
+    pytest.param(case, dtype, kwargs, id=f"{case.name}-{name}")
+    for case in CASES
+    for name, (dtype, kwargs) in PRECISIONS.items()
+    if not ("around" in case.name and "master_weights" in kwargs)
+]
 
 
-@every_precision
-@every_case
-def test_step_never_waits_and_has_few_launches(case, precision):
-    dtype, kwargs = kwargs_of(case, precision)
+@pytest.mark.parametrize(("case", "dtype", "kwargs"), PAIRS)
+def test_step_never_waits_and_has_few_launches(case, dtype, kwargs):
     with FakeGPU() as gpu:
-        training = Training(case.make, dtype, **kwargs)
+        training = Training(case.make, dtype, **case.kwargs, **kwargs)
         ascents, descents = steady(gpu, training)
         assert not faults(ascents, descents)
         assert most(ascents) <= case.ascent
@@ -212,6 +211,23 @@ def test_gradients_that_are_missing_in_some_passes_never_make_it_wait():
             assert not faults(*steady(gpu, Sparse(FSAM, torch.bfloat16, **kwargs), steps=6))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_case
+def test_step_can_be_captured_after_a_few_others(case, dtype):
+    """Its gradients are elsewhere, in the graph's own memory."""
+    with FakeGPU() as gpu:
+        training = Training(case.make, dtype, lr=torch.empty((), device=DEVICE), **case.kwargs)
+        steady(gpu, training)
+        parts = [p.numel() for _, p in training.named]
+        for i in range(2):
+            buffer = torch.empty(sum(parts), dtype=dtype, device=DEVICE).split(parts)
+            training.gradients[i] = [part.view_as(p) for part, (_, p) in zip(buffer, training.named, strict=True)]
+        gpu.capturing = True
+        ascents, descents = steady(gpu, training, warmup=0)
+        assert not faults(ascents, descents)
+        assert any("upload" in trace.launches for trace in (*ascents, *descents))
+
+
 # -- how many ----------------------------------------------------------------------------------------------------------
 
 LAYOUTS = {
@@ -261,10 +277,12 @@ def test_changed_hyper_parameters_cost_one_copy():
 # -- GradScaler --------------------------------------------------------------------------------------------------------
 
 
-@every_case
+# For SAM the host reads whether there was an overflow, unless the base takes scales, as torch's fused optimizers do.
+OURS = [case for case in CASES if "around" not in case.name]
+
+
+@pytest.mark.parametrize("case", OURS, ids=lambda case: case.name)
 def test_step_under_a_grad_scaler_never_waits(case, monkeypatch):
-    if "around" in case.name:
-        pytest.skip("the scaler reads on behalf of an optimizer that takes no scale; torch's fused ones do")
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     with FakeGPU() as gpu:
         scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
