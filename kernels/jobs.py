@@ -2,16 +2,15 @@
 
 import functools
 
-import torch
-from torch import Tensor
+import numpy as np
 
 
 @functools.lru_cache(maxsize=64)
-def jobs_of(offsets: tuple[int, ...], counts: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+def jobs_of(offsets: tuple[int, ...], counts: tuple[int, ...], block: int) -> np.ndarray:
     """Parts of at most `block` elements, int64 [n, 3]: a tensor's number, the first element and the last + 1."""
     rows = [
         (i, first, min(first + block, offset + count))
         for i, (offset, count) in enumerate(zip(offsets, counts, strict=True))
         for first in range(offset, offset + count, block)
     ]
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 3).to(device)
+    return np.array(rows, np.int64).reshape(-1, 3)

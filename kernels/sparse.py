@@ -14,7 +14,6 @@ from .segments import Uploaded
 
 # One element a thread: there are no neighbours that one access could take together.
 BLOCK = LANES
-_CPU = torch.device("cpu")
 
 
 @triton.jit(do_not_specialize=["anchor_ptr"])
@@ -49,7 +48,7 @@ def _tables(device: torch.device, offsets: tuple[int, ...], counts: tuple[int, .
 
 def _launch(tensors, index, compact, offsets, counts, scatter: bool) -> None:
     offsets, counts, device = tuple(offsets), tuple(counts), compact.device
-    jobs = jobs_of(offsets, counts, BLOCK, _CPU).numpy()
+    jobs = jobs_of(offsets, counts, BLOCK)
     if not len(jobs):
         return
     addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)

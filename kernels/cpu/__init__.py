@@ -276,7 +276,7 @@ def _mover(size: int, index: torch.dtype, scatter: bool) -> Callable[..., Any]:
 
 def _move(scatter: bool, tensors: Sequence[Tensor], index: Tensor, compact: Tensor, offsets, counts) -> None:
     function = _mover(compact.element_size(), index.dtype, scatter)
-    jobs = jobs_of(tuple(offsets), tuple(counts), _PART, compact.device)
+    jobs = torch.from_numpy(jobs_of(tuple(offsets), tuple(counts), _PART))
     addresses = (ctypes.c_int64 * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
     pointers = (ctypes.addressof(addresses), jobs.data_ptr(), len(jobs), index.data_ptr(), compact.data_ptr())
     function(*pointers, torch.get_num_threads())

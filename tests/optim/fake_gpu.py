@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -70,7 +71,7 @@ class FakeGPU(TorchDispatchMode):
         patch.setattr(Tensor, "is_pinned", lambda tensor: getattr(tensor, "in_pinned_memory", False))
         patch.setattr(torch, "isfinite", lambda tensor: tensor.abs() != float("inf"))
         # Without the guard of the device, which a PyTorch without CUDA does not have.
-        patch.setattr(Tensor, "__getitem__", _item)
+        self._stack.enter_context(_Items())
         patch.setattr(Tensor, "__invert__", lambda tensor: torch.bitwise_not(tensor))
         patch.setattr(Tensor, "copy_", lambda tensor, *args, **kwargs: aten.copy_(tensor, *args, **kwargs))
         patch.setattr(segments, "_address_of", self._address)
@@ -139,6 +140,17 @@ class FakeGPU(TorchDispatchMode):
             self.trace.launches.append("upload")
         else:
             self.trace.faults.append(f"{name} from {source.device} to {results[0].device}: not from pinned memory")
+
+
+class _Items(TorchFunctionMode):
+    """Inside, `tensor[index]` is `_item`.
+
+    Setting `Tensor.__getitem__` instead would leave the type a sequence for good, also once it is deleted again, and
+    `torch.tensor` would then ask numbers in a list for their length.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_item if func is Tensor.__getitem__ else func)(*args, **(kwargs or {}))
 
 
 def _item(tensor: Tensor, index: Any) -> Tensor:
