@@ -28,10 +28,17 @@ def spawn(worker, n: int, folder: Path, *arguments) -> list[Any]:
     return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(n)]
 
 
-def start(function, n: int, *arguments) -> None:
-    """Call `function(rank, *arguments)` in n processes, which find the tests however pytest was started."""
+@contextlib.contextmanager
+def importable() -> Iterator[None]:
+    """Processes that are started inside find the tests, however pytest was started."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
+        yield
+
+
+def start(function, n: int, *arguments) -> None:
+    """Call `function(rank, *arguments)` in n processes."""
+    with importable():
         mp.spawn(function, arguments, nprocs=n)
 
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.optim.momentum import same
 from tests.optim.nets import Net, X, clean_copy, loss_of, optimizer_of, train
-from tests.processes import eager_passes, spawn
+from tests.processes import eager_passes, importable, spawn
 from tests.training import weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,8 +36,9 @@ def test_modules_in_the_workers_of_a_data_loader_do_what_they_do_here(start):
     dataset = Normalised(clean_copy(model).body)
     expected = torch.stack([dataset[i] for i in range(8)])
     loader = DataLoader(dataset, batch_size=8, num_workers=1, multiprocessing_context=start)
-    for batch in loader:
-        torch.testing.assert_close(batch, expected)
+    with importable():
+        for batch in loader:
+            torch.testing.assert_close(batch, expected)
     train(model, optimizer)
 
 
