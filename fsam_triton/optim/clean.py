@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ..buffers.sharded import is_sharded
 from ..errors import warn
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ class CleanView:
 
     def __init__(self) -> None:
         self._owners: dict[int, weakref.ref[nn.Module]] = {}
+        # The ids of the parameters that modules were seen to own. A weak reference would keep torch from swapping them.
+        self._owned: set[int] = set()
+        # Of the ledger for whose parameters `check_seen` was asked last.
+        self._seen_at = 0
         self._learned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._handles: list[Any] = []
         # Of the ledger whose parameters have been looked for.
@@ -39,14 +44,35 @@ class CleanView:
         params = set(params)
         for module in gc.get_objects():
             # isinstance would ask the object, which may be a proxy.
-            if issubclass(type(module), nn.Module) and not params.isdisjoint(_own(module)):
+            if issubclass(type(module), nn.Module) and (own := params.intersection(_own(module))):
                 self._owners[id(module)] = weakref.ref(module)
+                self._owned.update(map(id, own))
 
     def learn(self, module: nn.Module) -> None:
         """Know a module and what is in it."""
         if module not in self._learned:
             self._owners |= {id(part): weakref.ref(part) for part in module.modules() if _own(part)}
             self._learned.add(module)
+
+    def check_seen(self, ledger: Ledger, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Refuse parameters that no forward pass sees: somebody has put others into the groups than modules have.
+
+        Raises:
+            RuntimeError: modules owned some of the parameters there were, and own none of those of the groups.
+        """
+        if ledger.generation == self._seen_at:
+            return
+        if self._owned:
+            params = [p for group in groups for p in group["params"]]
+            if not any(map(self._is_owned, params)):
+                self.find(params)
+                if not any(map(self._is_owned, params)):
+                    raise RuntimeError(_UNSEEN)
+        self._seen_at = ledger.generation
+
+    def _is_owned(self, p: Parameter) -> bool:
+        # FSDP2's modules have other parameters for the time that theirs are gathered.
+        return is_sharded(p) or id(p) in self._owned
 
     def open(self, ledger: Ledger) -> None:
         """Show clean weights from now on."""
@@ -80,6 +106,13 @@ class CleanView:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+_UNSEEN = (
+    "the parameters in the optimizer's groups were replaced by tensors that no module has (as DeepSpeed does with ZeRO, "
+    "and with fp16 or bf16), so a perturbation of them would not be seen in the model: use DistributedDataParallel or "
+    "FSDP2 (fully_shard), or AdamWL2SP in DeepSpeed"
+)
 
 
 class _ShowClean:

@@ -155,7 +155,11 @@ class MomentumSAM(FusedOptimizer):
         return loss
 
     def _warn_if_forgotten(self) -> None:
-        if self._was_perturbed or not self._wants_perturbation() or not any(map(self._directions, self.ledger)):
+        wanted = not self._was_perturbed and self._wants_perturbation()
+        if wanted:
+            self.ledger.refresh(self.param_groups, self.state)
+            self.clean_view.check_seen(self.ledger, self.param_groups)
+        if not wanted or not any(map(self._directions, self.ledger)):
             self._unperturbed_steps, self._was_perturbed = 0, False
             return
         self._unperturbed_steps += 1

@@ -138,6 +138,8 @@ class TwoPass(Optimizer):
         if not wanted or self.perturbed:
             self._unperturbed_steps = -1 if self.perturbed else self._unperturbed_steps
             return
+        self.ledger.refresh(self.param_groups, self._shown, with_state=False)
+        self.clean_view.check_seen(self.ledger, self.param_groups)
         if self._unperturbed_steps >= 0:
             self._unperturbed_steps += 1
         if self._unperturbed_steps == _FORGOTTEN:
@@ -182,7 +184,9 @@ class TwoPass(Optimizer):
         """The lanes with the gradients of the first pass."""
         self._check_idle()
         # Of the state, a perturbation reads masks alone.
-        return self.ledger.collect(self.param_groups, self._shown, with_state=self.mask is not None)
+        found = self.ledger.collect(self.param_groups, self._shown, with_state=self.mask is not None)
+        self.clean_view.check_seen(self.ledger, self.param_groups)
+        return found
 
     @uncompiled
     @torch.no_grad()
