@@ -197,6 +197,28 @@ def _owners_among(modules: Sequence[Module], params: set[Parameter]) -> dict[Par
     return {p: m for m in outermost_first for p in own[m] if p in params}
 
 
+class OtherParts:
+    """The processes that have other parts of the model, as the stages of a pipeline do.
+
+    Args:
+        group: whose sums are over all parts; None: this process has the whole model, or shards of all of it.
+    """
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = group
+
+    def sum(self, total: Tensor) -> Tensor:
+        """The sum of what every part has, fp64."""
+        total = total.double()
+        if self.group is not None:
+            dist.all_reduce(total, group=self.group)
+        return total
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OtherParts:
+        # A process group is this process's own, and cannot be copied.
+        return self
+
+
 def sum_over_shards(parts: Iterable[tuple[Lanes | None, Tensor]], home: torch.device) -> Tensor:
     """Sum of tensors over lanes and, where their weights are shards of several, over these; the same on all ranks.
 

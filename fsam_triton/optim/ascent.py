@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from .. import ops
 from ..buffers.lanes import Lanes, Perturbed, name_of
 from ..buffers.ledger import Ledger
-from ..buffers.sharded import is_sharded, sum_over_shards
+from ..buffers.sharded import OtherParts, is_sharded, sum_over_shards
 from ..errors import check
 from ..kernels.reference import compute_dtype
 from ..kernels.segments import Segments
@@ -53,6 +53,7 @@ class Ascent:
     Args:
         mask, mask_norm, beta, beta_per: see `FSAM`.
         seed, stochastic_rounding: see `FusedOptimizer`.
+        others: the processes that norms are summed over.
     """
 
     def __init__(
@@ -63,13 +64,20 @@ class Ascent:
         beta_per: str,
         seed: int,
         stochastic_rounding: bool,
+        others: OtherParts,
     ) -> None:
         check(mask is None or isinstance(mask, FisherMask), "mask", mask, "must be a FisherMask or None")
         check(mask_norm in ("all", "masked"), "mask_norm", mask_norm, 'must be "all" or "masked"')
         check(0 < beta <= 1, "beta", beta, "must be in (0, 1]")
         check(beta_per in ("element", "tensor"), "beta_per", beta_per, 'must be "element" or "tensor"')
         self.mask, self.mask_norm, self.beta, self.beta_per = mask, mask_norm, beta, beta_per
-        self.seed, self.stochastic_rounding = seed, stochastic_rounding
+        check(
+            mask is None or others.group is None,
+            "mask",
+            mask,
+            "must be None with norm_group: it is chosen over a whole model",
+        )
+        self.seed, self.stochastic_rounding, self.others = seed, stochastic_rounding, others
         # What a GradScaler had multiplied the gradients of the last ascent with, if it was told.
         self.scale: Tensor | None = None
         # The parameters that a tensor-level mask does not move, once the host has read it.
@@ -284,9 +292,8 @@ class Ascent:
                 grads = [None if p in undrawn else grad for p, grad in zip(lanes.params, grads, strict=True)]
             if any(grad is not None for grad in grads):
                 work.append((lanes, lanes.segments(grads, half="ascent")))
-        norm_sq = sum_over_shards(
-            ((lanes, self._norm_sq(lanes, segments)) for lanes, segments in work), ledger.home
-        ).double()
+        norms = ((lanes, self._norm_sq(lanes, segments)) for lanes, segments in work)
+        norm_sq = self.others.sum(sum_over_shards(norms, ledger.home))
         # Of both counts: an ascent can be repeated without a step, and in a CUDA graph only the device's changes.
         purpose = coefficients.purpose(self.seed, _ASCENT + ascents * _NEXT_ASCENT)
         for lanes, segments in work:

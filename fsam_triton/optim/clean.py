@@ -109,9 +109,9 @@ class CleanView:
 
 
 _UNSEEN = (
-    "the parameters in the optimizer's groups were replaced by tensors that no module has (as DeepSpeed does with ZeRO, "
-    "and with fp16 or bf16), so a perturbation of them would not be seen in the model: use DistributedDataParallel or "
-    "FSDP2 (fully_shard), or AdamWL2SP in DeepSpeed"
+    "the parameters in the optimizer's groups were replaced by tensors that no module has (as DeepSpeed does with ZeRO "
+    "and in 16 bits), so the model would not see them perturbed: use DistributedDataParallel or FSDP2 (fully_shard), "
+    "or AdamWL2SP in DeepSpeed"
 )
 
 

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from .. import ops
 from ..buffers.lanes import Lanes, Member
-from ..buffers.sharded import local
+from ..buffers.sharded import OtherParts, local
 from ..errors import check
 from ..kernels.reference import compute_dtype
 from ..masks.perturbed import FisherMask
@@ -102,7 +102,7 @@ class FSAM(TwoPass, FusedOptimizer):
         check(0 < gamma <= 1, "gamma", gamma, "must be in (0, 1]")
         self.alpha, self.gamma = alpha, gamma
         seed, rounds = options.get("seed", 0), options.get("stochastic_rounding", True)
-        self.ascent = Ascent(mask, mask_norm, beta, beta_per, seed, rounds)
+        self.ascent = Ascent(mask, mask_norm, beta, beta_per, seed, rounds, OtherParts(options.get("norm_group")))
         self._begin()
         of_group = {**radii.group_defaults(rho, schedule), "adaptive": adaptive, "ascents": 0}
         super().__init__(params, rule, lr, _of_group=of_group, **options)

@@ -79,6 +79,8 @@ class MomentumSAM(FusedOptimizer):
         schedule: Schedule | None = None,
         **options: Any,
     ) -> None:
+        allowed = "must be None: a stage of a pipeline would wait in its first forward pass for those that follow it"
+        check(options.get("norm_group") is None, "norm_group", options.get("norm_group"), allowed)
         self._training = True
         self._watch = ForwardWatch(self, MomentumSAM._before_forward)
         super().__init__(params, rule, lr, _of_group=radii.group_defaults(rho, schedule), **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .. import ops
 from ..buffers.flatten import flatten
 from ..buffers.lanes import Lanes, name_of
 from ..buffers.ledger import Ledger
-from ..buffers.sharded import check_placements, is_sharded, sum_over_shards
+from ..buffers.sharded import OtherParts, check_placements, is_sharded, sum_over_shards
 from ..errors import ArgumentError, check
 from ..kernels import spec
 from ..kernels.reference import compute_dtype
@@ -27,6 +27,9 @@ from .anchors import misnamed
 from .checkpoint import checked_groups, checked_state
 from .rules import RULES, is_finite
 from .uncompiled import add_param_group, state_dict, uncompiled, zero_grad
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _UPDATE = 0x51ED270B
 # A parameter's lanes with the gradients at hand, None where there is none.
@@ -99,6 +102,9 @@ class FusedOptimizer(Optimizer):
         flatten: move the parameters of a device and type into one buffer when the group is added (group; default:
             False, they stay where they are).
         seed: of the stochastic rounding (default: 0).
+        norm_group: the processes that have the other parts of the model, each with an optimizer of its own (the stages
+            of a pipeline): norms and dot products are summed over it, too. All of them step together, with gradients.
+            Not for replicas, nor for FSDP2's shards, over which sums are always taken (default: None).
         foreach, capturable, fused, differentiable: accepted because torch.optim's optimizers take them; every step is
             fused and capturable, none is differentiable.
         **hyper: the rule's own arguments (group): ``betas``, ``eps``, ``amsgrad``; ``momentum``, ``dampening``,
@@ -131,6 +137,7 @@ class FusedOptimizer(Optimizer):
         stochastic_rounding: bool = True,
         flatten: bool = False,
         seed: int = 0,
+        norm_group: ProcessGroup | None = None,
         foreach: bool | None = None,
         capturable: bool | None = None,
         fused: bool | None = None,
@@ -151,7 +158,7 @@ class FusedOptimizer(Optimizer):
             raise TypeError(f"unexpected argument {min(unknown)!r}; those of the rule {rule!r} are {allowed}")
         self.anchors = anchors
         self.max_grad_norm, self.master_weights, self.ema_decay = max_grad_norm, master_weights, ema_decay
-        self.stochastic_rounding, self.seed = stochastic_rounding, seed
+        self.stochastic_rounding, self.seed, self.others = stochastic_rounding, seed, OtherParts(norm_group)
         self._check_trainable(trainable)
         self.trainable = trainable
         self._shows_ema = False
@@ -378,9 +385,9 @@ class FusedOptimizer(Optimizer):
         return self.ledger.collect(self.param_groups, self.state)
 
     def _sum(self, work: list[Half], measure: Callable[[Segments], Tensor]) -> Tensor:
-        """Sum of what a pass measures over all segments and their shards, fp64 on the home device."""
+        """Sum of what a pass measures over all segments, their shards and other parts, fp64 on the home device."""
         parts = ((half.lanes, measure(half.segments)) for half in work)
-        return sum_over_shards(parts, self.ledger.home).double()
+        return self.others.sum(sum_over_shards(parts, self.ledger.home))
 
     def _direction(self, work: list[Half]) -> Direction:
         """What to make of the gradients; unscaling and clipping come on top."""
@@ -598,7 +605,7 @@ class FusedOptimizer(Optimizer):
     _ARGUMENTS = frozenset(
         (
             *("rule", "anchors", "max_grad_norm", "master_weights", "ema_decay"),
-            *("stochastic_rounding", "seed", "trainable", "_shows_ema"),
+            *("stochastic_rounding", "seed", "others", "trainable", "_shows_ema"),
         )
     )
 

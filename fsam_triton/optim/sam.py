@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ..buffers.lanes import Lanes
 from ..buffers.ledger import Ledger
+from ..buffers.sharded import OtherParts
 from ..errors import check
 from ..masks.perturbed import FisherMask
 from . import rho as radii
@@ -19,6 +20,9 @@ from .ascent import Ascent
 from .clean import CleanView
 from .schedule import Schedule
 from .two_pass import TwoPass
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class SAM(TwoPass):
@@ -35,6 +39,7 @@ class SAM(TwoPass):
         mask, mask_norm, beta, beta_per, gamma, schedule: as `FSAM`; the schedule without ``reuse``.
         stochastic_rounding: round perturbed 16-bit weights stochastically (default: True).
         seed: of random draws and roundings (default: 0).
+        norm_group: as `FusedOptimizer`.
 
     Raises:
         ArgumentError: an argument is out of its range.
@@ -69,13 +74,14 @@ class SAM(TwoPass):
         schedule: Schedule | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
+        norm_group: ProcessGroup | None = None,
     ) -> None:
         check(isinstance(base, Optimizer), "base", type(base).__name__, "must be a torch.optim.Optimizer")
         check(not hasattr(base, "perturb"), "base", type(base).__name__, "must not be sharpness-aware itself")
         check(0 < gamma <= 1, "gamma", gamma, "must be in (0, 1]")
         check(schedule is None or schedule.reuse == 0, "schedule.reuse", schedule and schedule.reuse, "must be 0")
         self.base, self.gamma = base, gamma
-        self.ascent = Ascent(mask, mask_norm, beta, beta_per, seed, stochastic_rounding)
+        self.ascent = Ascent(mask, mask_norm, beta, beta_per, seed, stochastic_rounding, OtherParts(norm_group))
         self._of_group = {**radii.group_defaults(rho, schedule), "adaptive": adaptive, "ascents": 0}
         self.defaults = {**base.defaults, **self._of_group}
         self._begin()
