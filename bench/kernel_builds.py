@@ -13,18 +13,19 @@ from triton.compiler import ASTSource
 from fsam_triton.kernels import blocks, coefficients, descend, fisher, gap, norm, perturb, sparse, spec, topk_mask
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-DTYPES |= {"i16": torch.int16, "i32": torch.int32, "i64": torch.int64}
+DTYPES |= {"i8": torch.int8, "u8": torch.uint8, "i16": torch.int16, "i32": torch.int32, "i64": torch.int64}
 SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
-# Type of the weights, and whether there are fp32 master weights.
+# Type of the weights, and the bits of master weights if there are any; of 24 bits, with moments and backups of 8.
 PRECISIONS = {
-    "fp32": ("fp32", False),
-    "bf16": ("bf16", False),
-    "bf16 + master": ("bf16", True),
-    "fp16": ("fp16", False),
-    "fp16 + master": ("fp16", True),
-    "fp64": ("fp64", False),
+    "fp32": ("fp32", 0),
+    "bf16": ("bf16", 0),
+    "bf16 + master": ("bf16", 32),
+    "bf16, 8-bit": ("bf16", 24),
+    "fp16": ("fp16", 0),
+    "fp16 + master": ("fp16", 32),
+    "fp64": ("fp64", 0),
 }
-REMAINDERS = {"bf16": "i16", "fp16": "i32"}
+REMAINDERS = {("bf16", 32): "i16", ("bf16", 24): "i8", ("fp16", 32): "i32"}
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def norm_build(grad: str, adaptive=False, masked=False) -> Build:
     pointers = TABLE | {"grad_ptr": grad}
     pointers |= {"weight_ptr": grad} if adaptive else {}
     pointers |= {"mask_ptr": "i32"} if masked else {}
+    pointers |= {"scale_ptr": "bf16"} if grad == "i8" else {}
     pointers |= {"partial_ptr": "fp64"}
     return build(norm.norm_kernel, pointers, grad, *said(adaptive=adaptive, masked=masked), **SUM)
 
@@ -126,22 +128,24 @@ def gap_build(dtype: str) -> Build:
 
 
 def perturb_build(
-    weight: str, grad: str | None = None, masked=False, adaptive=False, stochastic=True, random=False
+    weight: str, grad: str | None = None, masked=False, adaptive=False, stochastic=True, random=False, steps=False
 ) -> Build:
-    """`perturb_` of weights of a type along gradients of one (default: the same)."""
+    """`perturb_` of weights of a type along gradients of one (default: the same); with a backup of steps, or not."""
     grad, stochastic = grad or weight, stochastic and SIZES[weight] == 2
-    pointers = {"weight_ptr": weight, "grad_ptr": grad, "backup_ptr": weight}
+    backup = "i8" if steps else weight
+    pointers = {"weight_ptr": weight, "grad_ptr": grad, "backup_ptr": backup}
     pointers |= {"mask_ptr": "i32"} if masked else {}
+    pointers |= {"scale_ptr": "bf16"} if grad == "i8" else {}
     pointers |= {"coef_ptr": compute_type(weight), "key_ptr": "i32"}
     words = [weight, *([f"by_{grad}"] if grad != weight else [])]
-    words += said(masked=masked, adaptive=adaptive, stochastic=stochastic, random=random)
+    words += said(masked=masked, adaptive=adaptive, stochastic=stochastic, random=random, steps=steps)
     flags = {"ADAPTIVE": adaptive, "STOCHASTIC": stochastic, "RANDOM": random}
-    return over_blocks(perturb.perturb_kernel, pointers, (weight, grad), *words, **flags)
+    return over_blocks(perturb.perturb_kernel, pointers, (weight, grad, backup), *words, **flags)
 
 
 def descend_build(
     weight: str,
-    master=False,
+    master=0,
     rule="adamw",
     *,
     missing=None,
@@ -151,32 +155,39 @@ def descend_build(
     keep=False,
     ema=False,
 ) -> Build:
-    """`descend_` of weights of a type, with fp32 master weights or without.
+    """`descend_` of weights of a type.
 
     Args:
+        master: bits of master weights, 0 without; of 24, moments and backups have 8.
         missing: whether the last lane of the rule's state is not there (default: AdamW's is not, which is amsgrad's).
         keep: whether an orthogonal component is kept, of two gradients.
         anchor, stochastic, other, ema: whether they are there.
     """
     missing = rule == "adamw" if missing is None else missing
-    state = (moments(weight, master),) * (len(spec.STATE[rule]) - missing)
-    stochastic = stochastic and SIZES[weight] == 2 and not master
+    state = (moments(weight, master), *["u8" if master == 24 else moments(weight, master)] * 2)
+    state = state[: len(spec.STATE[rule]) - missing]
+    stochastic = stochastic and SIZES[weight] == 2 and master != 32
     pointers = {"weight_ptr": weight, "clean_ptr": weight, "grad_ptr": weight}
     pointers |= {"other_ptr": weight} if other or keep else {}
-    lanes = {"remainder_ptr": REMAINDERS[weight]} if master else {}
+    lanes = {"steps_ptr": "i8"} if master == 24 else {}
+    lanes |= {"remainder_ptr": REMAINDERS[weight, master]} if master else {}
     lanes |= {"anchor_ptr": weight} if anchor else {}
     lanes |= {"ema_ptr": compute_type(weight)} if ema else {}
     lanes |= {"orthogonal_ptr": weight} if keep else {}
     pointers |= lanes | {"coef_ptr": compute_type(weight), "key_ptr": "i32", "state_ptrs": state}
+    pointers |= {"scale_ptrs": ("bf16",) * len(state)} if master == 24 else {}
     words = [rule, weight]
-    words += said(master=master, amsgrad=rule == "adamw" and not missing, plain=rule != "adamw" and missing)
+    words += ["8_bit"] if master == 24 else said(master=master == 32)
+    words += said(amsgrad=rule == "adamw" and not missing, plain=rule != "adamw" and missing)
     words += said(stochastic=stochastic, anchor=anchor, other=other, keep=keep, ema=ema)
     flags = {"RULE": rule, "COLUMNS": len(spec.DESCEND[rule]), "STOCHASTIC": stochastic}
     return over_blocks(descend.descend_kernel, pointers, (weight, *lanes.values(), *state), *words, **flags)
 
 
-def moments(weight: str, master: bool) -> str:
-    """Type of a rule's state; fp16 would lose small squares."""
+def moments(weight: str, master: int) -> str:
+    """Type of a rule's first moments; fp16 would lose small squares."""
+    if master == 24:
+        return "i8"
     return "fp32" if master or weight == "fp16" else weight
 
 
@@ -254,15 +265,16 @@ def fisher_build(dtype: str, n_out: int, n_in: int, absolute=False) -> Build:
 # -- what is launched --------------------------------------------------------------------------------------------------
 
 
-def steps(weight: str, master: bool) -> dict[str, list[Build]]:
+def steps(weight: str, master: int) -> dict[str, list[Build]]:
     """What one step of each method launches for the parameters of a device and type, in order.
 
     Args:
         weight: type of the weights and gradients.
-        master: whether there are fp32 master weights.
+        master: bits of master weights, as in `PRECISIONS`.
     """
     norm, gap, state = norm_build(weight), gap_build(weight), moments(weight, master)
-    ascent, update = partial(perturb_build, weight), partial(descend_build, weight, master)
+    ascent = partial(perturb_build, weight, steps=master == 24)
+    update = partial(descend_build, weight, master)
     return {
         "AdamW": [update()],
         "AdamW, clipped": [norm, update()],
@@ -297,10 +309,10 @@ COMBINED = [
     perturb_build("bf16", grad="fp32", adaptive=True, masked=True, random=True),
     descend_build("fp32", missing=False, anchor=True, keep=True, ema=True),
     descend_build("bf16", missing=False, anchor=True),
-    descend_build("bf16", master=True, missing=False, anchor=True),
+    descend_build("bf16", master=32, missing=False, anchor=True),
     descend_build("bf16", missing=False, anchor=True, other=True),
     descend_build("bf16", missing=False, anchor=True, other=True, ema=True),
-    descend_build("bf16", master=True, missing=False, anchor=True, other=True, ema=True),
+    descend_build("bf16", master=32, missing=False, anchor=True, other=True, ema=True),
     descend_build("bf16", rule="sgd", anchor=True, other=True, ema=True),
     descend_build("bf16", rule="lion", anchor=True, other=True, ema=True),
     descend_build("fp64", other=True),

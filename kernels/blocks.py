@@ -17,8 +17,8 @@ WARPS = LANES // _WARP
 
 
 def shape(*tensors: torch.Tensor | None) -> dict[str, int]:
-    """How a block is shared out to threads: 16-byte accesses of 16-bit types too, if all tensors are of 16 bits."""
-    lanes = LANES // 2 if all(t is None or t.element_size() == 2 for t in tensors) else LANES
+    """How a block is shared out to threads: 16-byte accesses of 16-bit types too, if no tensor has more bits."""
+    lanes = LANES // 2 if all(t is None or t.element_size() <= 2 for t in tensors) else LANES
     return {"LANES": lanes, "num_warps": lanes // _WARP}
 
 

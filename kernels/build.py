@@ -46,7 +46,7 @@ def _structure(name: str, element: str, columns: tuple[str, ...]) -> str:
 
 def prelude() -> str:
     """What C++ takes from `spec`: constants, a row of a table, rows of coefficients."""
-    integers = {name: getattr(spec, name) for name in ("CHUNK", "ALIGN")}
+    integers = {name: getattr(spec, name) for name in ("CHUNK", "ALIGN", "GROUP")}
     words = {name: getattr(spec, name) for name in ("WEYL", "MIX", "STEP")}
     words |= {f"MIX{i}": factor for i, factor in enumerate(spec.MIXES)}
     return "".join(

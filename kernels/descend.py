@@ -8,7 +8,8 @@ import triton.language as tl
 
 from . import spec
 from .blocks import BLOCK, CLEAN, FIRST_BLOCK, GRAD, OFFSET, OTHER, WEIGHT, locate, pointer, shape
-from .rounding import combine, high_half, low_half, narrow, random_bits, round_to, split, widen
+from .codecs import combine, load_codes, noise_of, replace, split, store_codes
+from .rounding import high_half, low_half, narrow, random_bits, round_to, widen
 from .rules import adamw, lion, sgd
 from .segments import Segments
 
@@ -36,6 +37,7 @@ def _block(
     clean_ptr,
     grad_ptr,
     other_ptr,
+    steps_ptr,
     remainder_ptr,
     anchor_ptr,
     ema_ptr,
@@ -43,6 +45,7 @@ def _block(
     coef_ptr,
     key_ptr,
     state_ptrs,
+    scale_ptrs,
     RULE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -55,6 +58,8 @@ def _block(
     inside = None if WHOLE else offs < left
 
     clean = tl.load(pointer(clean_ptr, clean_place, WHOLE) + offs, mask=inside)
+    if steps_ptr is not None:
+        clean = replace(clean, tl.load(pointer(steps_ptr, place, WHOLE) + offs, mask=inside))
     if remainder_ptr is None:
         old_w = widen(clean, compute)
     else:
@@ -68,7 +73,11 @@ def _block(
         anchor = _read(pointer(anchor_ptr, place, WHOLE), offs, inside, compute)
     old_state = ()
     for i in tl.static_range(len(state_ptrs)):
-        old_state += (_read(pointer(state_ptrs[i], place, WHOLE), offs, inside, compute),)
+        state_ptr = pointer(state_ptrs[i], place, WHOLE)
+        if scale_ptrs is not None:
+            old_state += (load_codes(state_ptr, scale_ptrs[i], place, offs, inside),)
+        else:
+            old_state += (_read(state_ptr, offs, inside, compute),)
 
     if other is not None:
         other *= tl.load(coef_ptr + _OTHER)
@@ -94,11 +103,19 @@ def _block(
         v_half = low_half(bits)
     for i in tl.static_range(len(state_ptrs)):
         new = tl.where(update, state[i], old_state[i])
-        # Second moments, which grow by less than a 16-bit step at a time.
-        new = round_to(new, v_half, state_ptrs[i].dtype.element_ty, STOCHASTIC and RULE == "adamw" and i > 0)
-        tl.store(pointer(state_ptrs[i], place, WHOLE) + offs, new, mask=inside)
+        state_ptr = pointer(state_ptrs[i], place, WHOLE)
+        if scale_ptrs is not None:
+            # The third lane is a maximum, which would creep upwards.
+            noise = noise_of(v_half, i) if STOCHASTIC and i < 2 else 0x4000
+            store_codes(state_ptr, scale_ptrs[i], place, offs, inside, new, noise, SIZE)
+        else:
+            # Second moments, which grow by less than a 16-bit step at a time.
+            new = round_to(new, v_half, state_ptrs[i].dtype.element_ty, STOCHASTIC and RULE == "adamw" and i > 0)
+            tl.store(state_ptr + offs, new, mask=inside)
     if remainder_ptr is not None:
-        stored, remainder = split(w, dtype, remainder_ptr.dtype.element_ty)
+        stored, remainder = split(
+            w, dtype, remainder_ptr.dtype.element_ty, (w_half >> 8).to(tl.int32) if STOCHASTIC else 0x80
+        )
         tl.store(pointer(remainder_ptr, place, WHOLE) + offs, remainder, mask=inside)
     else:
         stored = round_to(w, w_half, dtype, STOCHASTIC)
@@ -120,6 +137,7 @@ def descend_kernel(
     clean_ptr,
     grad_ptr,
     other_ptr,
+    steps_ptr,
     remainder_ptr,
     anchor_ptr,
     ema_ptr,
@@ -127,6 +145,7 @@ def descend_kernel(
     coef_ptr,
     key_ptr,
     state_ptrs,
+    scale_ptrs,
     RULE: tl.constexpr,
     COLUMNS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -148,17 +167,20 @@ def descend_kernel(
         weight_ptr, clean_ptr: from where the table counts weights, which are written, and clean weights,
             fp32/bf16/fp16/fp64.
         grad_ptr, other_ptr: the same for gradients and second gradients, of any float type; the latter or None.
-        remainder_ptr: of fp32 master weights, int16 (bf16) or int32 (fp16) [size]; written; or None.
+        steps_ptr: int8 [size], how far 16-bit weights have been moved from the clean ones; or None.
+        remainder_ptr: of master weights, int16 or int8 (bf16) or int32 (fp16) [size]; written; or None.
         anchor_ptr: the weights' type [size]; or None.
         ema_ptr: the compute type [size]; written; or None.
         orthogonal_ptr: the weights' type [size]: gets grad - other other_grad (LookSAM's component), and the other
             gradients are not added; or None.
         coef_ptr: [segments, COLUMNS], in the compute type: fp64 for fp64 weights, else fp32.
         key_ptr: of the random numbers, int32 [segments]; read if STOCHASTIC.
-        state_ptrs: the rule's lanes, any float type [size]; written.
+        state_ptrs: the rule's lanes, any float type, or int8 and uint8 codes [size]; written.
+        scale_ptrs: of codes, bf16 [size / 32]; written; or None for floats.
 
     Bytes per element of AdamW: fp32 28 (read w, g, m, v; write w, m, v); bf16 14; bf16 with fp32 moments and a
-    remainder 26. Others and anchors add a read, averages 8 bytes, orthogonal components a write.
+    remainder 26; bf16 with 8-bit moments, 24-bit master weights and 8-bit steps 13.25. Others and anchors add a read,
+    averages 8 bytes, orthogonal components a write.
     """
     segment, row, start, left, whole = locate(table_ptr, segments_ptr, FIRST_BLOCK, BLOCK)
     places = (
@@ -169,14 +191,15 @@ def descend_kernel(
         tl.load(row + OTHER) + start,
     )
     tensors = (weight_ptr, clean_ptr, grad_ptr, other_ptr)
-    lanes = (remainder_ptr, anchor_ptr, ema_ptr, orthogonal_ptr)
+    lanes = (steps_ptr, remainder_ptr, anchor_ptr, ema_ptr, orthogonal_ptr)
     numbers = (coef_ptr + segment * COLUMNS, key_ptr + segment)
+    states = (state_ptrs, scale_ptrs)
     if whole:
-        _block(0, start, left, *places, *tensors, *lanes, *numbers, state_ptrs, RULE, STOCHASTIC, True, BLOCK)
+        _block(0, start, left, *places, *tensors, *lanes, *numbers, *states, RULE, STOCHASTIC, True, BLOCK)
     else:
         first = 0
         while first < left:
-            _block(first, start, left, *places, *tensors, *lanes, *numbers, state_ptrs, RULE, STOCHASTIC, False, LANES)
+            _block(first, start, left, *places, *tensors, *lanes, *numbers, *states, RULE, STOCHASTIC, False, LANES)
             first += LANES
 
 
@@ -191,6 +214,8 @@ def descend_(
     key: torch.Tensor,
     rule: str,
     stochastic: bool,
+    scales: Sequence[torch.Tensor] = (),
+    steps: torch.Tensor | None = None,
 ) -> None:
     """Launch `descend_kernel`; arguments as `reference.descend_`."""
     plan = segments.plan
@@ -198,7 +223,9 @@ def descend_(
         return
     weight = segments.anchor("weight")
     tensors = [segments.anchor(name) for name in ("clean", "grad", "other")]
-    lanes = [remainder, anchor, ema, orthogonal]
+    lanes = [steps, remainder, anchor, ema, orthogonal]
+    narrow_state = any(lane.element_size() < 4 for lane in state)
+    rounds = narrow_state or (weight.element_size() == 2 and (remainder is None or remainder.element_size() == 1))
     descend_kernel[(plan.blocks,)](
         segments.relative(),
         plan.segment_of("blocks"),
@@ -208,9 +235,10 @@ def descend_(
         coef,
         key,
         tuple(state),
+        tuple(scales) or None,
         RULE=rule,
         COLUMNS=_COLUMNS[rule],
-        STOCHASTIC=stochastic and weight.element_size() == 2 and remainder is None,
+        STOCHASTIC=stochastic and rounds,
         BLOCK=BLOCK,
         enable_fp_fusion=False,
         **shape(weight, *tensors, *lanes, *state),

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from . import spec
 from .blocks import BLOCK, FIRST_CHUNK, GRAD, OFFSET, WARPS, WEIGHT, locate, mask_bits, pointer
+from .codecs import load_codes
 from .rounding import widen
 from .segments import Segments
 
@@ -20,6 +21,7 @@ def _squares(
     grad_ptr,
     weight_ptr,
     mask_ptr,
+    scale_ptr,
     compute: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -27,7 +29,11 @@ def _squares(
     offs = tl.arange(0, BLOCK)
     inside = None if WHOLE else first + offs < left
     other = None if WHOLE else 0.0
-    x = widen(tl.load(pointer(grad_ptr, grad_place + first, WHOLE) + offs, mask=inside, other=other), compute)
+    grad_ptr = pointer(grad_ptr, grad_place + first, WHOLE)
+    if scale_ptr is not None:
+        x = load_codes(grad_ptr, scale_ptr, place + first, offs, inside)
+    else:
+        x = widen(tl.load(grad_ptr + offs, mask=inside, other=other), compute)
     if weight_ptr is not None:
         weight_ptr = pointer(weight_ptr, weight_place + first, WHOLE)
         x *= widen(tl.load(weight_ptr + offs, mask=inside, other=other), compute)
@@ -44,6 +50,7 @@ def norm_kernel(
     grad_ptr,
     weight_ptr,
     mask_ptr,
+    scale_ptr,
     partial_ptr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -56,9 +63,10 @@ def norm_kernel(
     Args:
         table_ptr: where the segments are, int64 [segments, len(spec.TABLE)].
         segments_ptr: the segment of each program, int32 [chunks].
-        grad_ptr: from where the table counts gradients, fp32/bf16/fp16/fp64.
+        grad_ptr: from where the table counts gradients, fp32/bf16/fp16/fp64, or codes.
         weight_ptr: the same for weights, of any float type; or None for s = 1.
         mask_ptr: int32 words of 32 mask bits [size / 32], the sum is over these coordinates; or None.
+        scale_ptr: bf16 [size / 32], of gradients that are codes of a lane; or None.
         partial_ptr: fp64 [chunks]; written.
 
     Bytes per element: the gradient's, plus the weight's if there are weights, plus 1/8 with a mask.
@@ -66,19 +74,22 @@ def norm_kernel(
     compute: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
     _, row, start, left, whole = locate(table_ptr, segments_ptr, FIRST_CHUNK, CHUNK)
     places = (tl.load(row + OFFSET) + start, tl.load(row + GRAD) + start, tl.load(row + WEIGHT) + start)
+    pointers = (grad_ptr, weight_ptr, mask_ptr, scale_ptr)
     total = tl.zeros([BLOCK], compute)
     if whole:
         for first in range(0, CHUNK, BLOCK):
-            total += _squares(first, left, *places, grad_ptr, weight_ptr, mask_ptr, compute, True, BLOCK)
+            total += _squares(first, left, *places, *pointers, compute, True, BLOCK)
     else:
         first = 0
         while first < left:
-            total += _squares(first, left, *places, grad_ptr, weight_ptr, mask_ptr, compute, False, BLOCK)
+            total += _squares(first, left, *places, *pointers, compute, False, BLOCK)
             first += BLOCK
     tl.store(partial_ptr + tl.program_id(0), tl.sum(total, 0).to(tl.float64))
 
 
-def norm_sq(segments: Segments, adaptive: bool, mask: torch.Tensor | None) -> torch.Tensor:
+def norm_sq(
+    segments: Segments, adaptive: bool, mask: torch.Tensor | None, scale: torch.Tensor | None = None
+) -> torch.Tensor:
     """Launch `norm_kernel` and add up its partial sums in fp64; arguments and result as `reference.norm_sq`."""
     plan = segments.plan
     partial = torch.empty(plan.chunks if segments else 0, dtype=torch.float64, device=plan.device)
@@ -89,6 +100,7 @@ def norm_sq(segments: Segments, adaptive: bool, mask: torch.Tensor | None) -> to
             segments.anchor("grad"),
             segments.anchor("weight") if adaptive else None,
             mask,
+            scale,
             partial,
             BLOCK=BLOCK,
             CHUNK=spec.CHUNK,

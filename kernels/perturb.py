@@ -6,6 +6,7 @@ import triton.language as tl
 
 from . import spec
 from .blocks import BLOCK, FIRST_BLOCK, GRAD, OFFSET, WEIGHT, locate, mask_bits, pointer, shape
+from .codecs import displace, load_codes
 from .rounding import high_half, random_bits, round_to, signed_low_half, widen
 from .segments import Segments
 
@@ -25,6 +26,7 @@ def _block(
     grad_ptr,
     backup_ptr,
     mask_ptr,
+    scale_ptr,
     coef_ptr,
     key_ptr,
     ADAPTIVE: tl.constexpr,
@@ -41,8 +43,12 @@ def _block(
     weight_ptr = pointer(weight_ptr, weight_place, WHOLE)
 
     clean = tl.load(weight_ptr + offs, mask=inside)
-    g = widen(tl.load(pointer(grad_ptr, grad_place, WHOLE) + offs, mask=inside), compute)
-    tl.store(pointer(backup_ptr, place, WHOLE) + offs, clean, mask=inside)
+    grad_ptr = pointer(grad_ptr, grad_place, WHOLE)
+    if scale_ptr is not None:
+        g = load_codes(grad_ptr, scale_ptr, place, offs, inside).to(compute)
+    else:
+        g = widen(tl.load(grad_ptr + offs, mask=inside), compute)
+    backup_ptr = pointer(backup_ptr, place, WHOLE)
     w = widen(clean, compute)
     eps = tl.load(coef_ptr + _SCALE) * g
     if ADAPTIVE:
@@ -60,7 +66,13 @@ def _block(
         bound = tl.minimum(tl.load(coef_ptr + _CHANCE) * 2.0**32, 2.0**31 - 128)
         moved = moved & (signed_low_half(bits) < bound.to(tl.int32))
     w += tl.where(moved, eps, 0.0)
-    tl.store(weight_ptr + offs, round_to(w, half, dtype, STOCHASTIC), mask=inside)
+    new = round_to(w, half, dtype, STOCHASTIC)
+    if backup_ptr.dtype.element_ty == tl.int8:
+        new, backup = displace(clean, new)
+    else:
+        backup = clean
+    tl.store(backup_ptr + offs, backup, mask=inside)
+    tl.store(weight_ptr + offs, new, mask=inside)
 
 
 @triton.jit(do_not_specialize=["weight_ptr", "grad_ptr"])
@@ -71,6 +83,7 @@ def perturb_kernel(
     grad_ptr,
     backup_ptr,
     mask_ptr,
+    scale_ptr,
     coef_ptr,
     key_ptr,
     ADAPTIVE: tl.constexpr,
@@ -89,17 +102,19 @@ def perturb_kernel(
         table_ptr: where the segments are, int64 [segments, len(spec.TABLE)].
         segments_ptr: the segment of each program, int32 [blocks].
         weight_ptr: from where the table counts weights, fp32/bf16/fp16/fp64; written.
-        grad_ptr: the same for gradients, of any float type.
-        backup_ptr: the weights' type [size]; written.
+        grad_ptr: the same for gradients, of any float type, or codes.
+        backup_ptr: the weights' type [size], or int8 for 16-bit weights, which then move by at most 127 steps of their
+            type; written.
         mask_ptr: int32 words of 32 mask bits [size / 32], only these coordinates move; or None.
+        scale_ptr: bf16 [size / 32], of gradients that are codes of a lane; or None.
         coef_ptr: [segments, len(spec.PERTURB)], in the compute type: fp64 for fp64 weights, else fp32.
         key_ptr: of the random numbers, int32 [segments]; read if STOCHASTIC or RANDOM.
 
-    Bytes per element: fp32 16 (read w, g; write w, backup), bf16 8; 1/8 with a mask.
+    Bytes per element: fp32 16 (read w, g; write w, backup), bf16 8, with an int8 backup 7; 1/8 with a mask.
     """
     segment, row, start, left, whole = locate(table_ptr, segments_ptr, FIRST_BLOCK, BLOCK)
     places = (tl.load(row + OFFSET) + start, tl.load(row + WEIGHT) + start, tl.load(row + GRAD) + start)
-    pointers = (weight_ptr, grad_ptr, backup_ptr, mask_ptr, coef_ptr + segment * _COLUMNS, key_ptr + segment)
+    pointers = (weight_ptr, grad_ptr, backup_ptr, mask_ptr, scale_ptr, coef_ptr + segment * _COLUMNS, key_ptr + segment)
     if whole:
         _block(0, start, left, *places, *pointers, ADAPTIVE, STOCHASTIC, RANDOM, True, BLOCK)
     else:
@@ -118,6 +133,7 @@ def perturb_(
     adaptive: bool,
     stochastic: bool,
     random: bool,
+    scale: torch.Tensor | None = None,
 ) -> None:
     """Launch `perturb_kernel`; arguments as `reference.perturb_`."""
     plan = segments.plan
@@ -131,6 +147,7 @@ def perturb_(
         grad,
         backup,
         mask,
+        scale,
         coef,
         key,
         ADAPTIVE=adaptive,
@@ -138,5 +155,5 @@ def perturb_(
         RANDOM=random,
         BLOCK=BLOCK,
         enable_fp_fusion=False,
-        **shape(weight, grad),
+        **shape(weight, grad, backup),
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import spec
+from .formats import combine, decode, displace, encode, replace, split
 from .formulas import climb_coefficients as climb_coefficients
 from .formulas import descend_coefficients as descend_coefficients
 from .formulas import key_at as key_at
@@ -79,32 +80,6 @@ def stochastic_round(x: Tensor, rand: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(x.abs() < spec.LARGE, y.clamp(-65504.0, 65504.0), x)
 
 
-def combine(weight: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 master weights of which `weight` is the rounding: their bits are those of the weights plus `remainder`.
-
-    Whatever somebody else has written into the weights is the master then, to within the old remainder. One that does
-    not fit counts as zero: below a zero there is no number, and in fp16 the remainder of a subnormal number is large.
-
-    Args:
-        weight: bf16 or fp16.
-        remainder: int16 for bf16, int32 for fp16.
-    """
-    wide = weight.float()
-    master = (wide.view(torch.int32) + remainder.to(torch.int32)).view(torch.float32)
-    fits = ~master.isnan() if weight.dtype == torch.bfloat16 else master.half() == weight
-    return torch.where(fits, master, wide)
-
-
-def split(master: Tensor, weight: Tensor, remainder: Tensor) -> None:
-    """Write fp32 master weights as their rounding to nearest and what that lost; see `combine`.
-
-    Exact, except that half a step upwards (1 of 65,536 bf16 remainders) is kept as one fp32 step less.
-    """
-    weight.copy_(master)
-    lost = master.view(torch.int32) - weight.float().view(torch.int32)
-    remainder.copy_(lost.clamp(max=32767) if remainder.dtype == torch.int16 else lost)
-
-
 def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
     """Mask words as booleans, one for each element of `like` [n]."""
     lane = torch.arange(32, dtype=torch.int32, device=mask.device)
@@ -118,8 +93,12 @@ def pack_mask(bits: Tensor) -> Tensor:
     return (bits.to(torch.int32) << lane).sum(1, dtype=torch.int32)
 
 
-def _norm_sq(grad: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
-    x = grad.to(compute_dtype(grad.dtype))
+def _direction(grad: Tensor, scale: Tensor | None) -> Tensor:
+    return grad.to(compute_dtype(grad.dtype)) if scale is None else decode(grad, scale)
+
+
+def _norm_sq(grad: Tensor, weight: Tensor | None, mask: Tensor | None, scale: Tensor | None) -> Tensor:
+    x = _direction(grad, scale)
     if weight is not None:
         x = x * weight.to(x.dtype)
     if mask is not None:
@@ -144,6 +123,7 @@ def _perturb_(
     grad: Tensor,
     backup: Tensor,
     mask: Tensor | None,
+    scale: Tensor | None,
     coef: Tensor,
     key: Tensor,
     adaptive: bool,
@@ -151,9 +131,8 @@ def _perturb_(
     random: bool,
 ) -> None:
     c = _named(spec.PERTURB, coef)
-    backup.copy_(weight)
     w = weight.to(coef.dtype)
-    eps = c.scale * grad.to(coef.dtype)
+    eps = c.scale * _direction(grad, scale).to(coef.dtype)
     if adaptive:
         eps = eps * (w * w)
     moved = eps.abs() < float("inf")
@@ -164,7 +143,11 @@ def _perturb_(
     w = w + torch.where(moved, eps, 0.0)
     if stochastic and weight.element_size() == 2:
         w = stochastic_round(w, high_half(random_bits(weight, key)), weight.dtype)
-    weight.copy_(w)
+    if backup.dtype == torch.int8:
+        displace(weight, w.to(weight.dtype), backup)
+    else:
+        backup.copy_(weight)
+        weight.copy_(w)
 
 
 def _adamw(c: SimpleNamespace, w: Tensor, g: Tensor, anchor: Tensor | None, state: Sequence[Tensor]) -> tuple:
@@ -204,6 +187,8 @@ def _descend_(
     grad: Tensor,
     other: Tensor | None,
     state: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    steps: Tensor | None,
     remainder: Tensor | None,
     anchor: Tensor | None,
     ema: Tensor | None,
@@ -214,6 +199,8 @@ def _descend_(
     stochastic: bool,
 ) -> None:
     c, compute = _named(spec.DESCEND[rule], coef), coef.dtype
+    if steps is not None:
+        clean = replace(clean, steps)
     old_w = clean.to(compute) if remainder is None else combine(clean, remainder)
     own = grad.to(compute)
     g = own * c.factor
@@ -223,24 +210,36 @@ def _descend_(
             orthogonal.copy_(own - second)
         else:
             g = g + torch.where(second.abs() < float("inf"), second, 0.0)
-    old_state = [lane.to(compute) for lane in state]
+    old_state = list(map(decode, state, scales)) if scales else [lane.to(compute) for lane in state]
     wide_anchor = None if anchor is None else anchor.to(compute)
     w, new_state, update = _RULES[rule](c, old_w, g, wide_anchor, old_state)
     w = torch.where(update, w, old_w)
-    bits = random_bits(weight, key) if stochastic and weight.element_size() == 2 and remainder is None else None
+    narrow = weight.element_size() == 2 or bool(scales) or any(lane.element_size() == 2 for lane in state)
+    bits = random_bits(weight, key) if stochastic and narrow else None
     for i, (lane, new, old) in enumerate(zip(state, new_state, old_state, strict=True)):
         new = torch.where(update, new, old)
+        if scales:
+            codes, scale = encode(new, lane.dtype == torch.int8, _byte(bits, i))
+            lane.copy_(codes)
+            scales[i].copy_(scale)
+            continue
         if bits is not None and lane.element_size() == 2 and rule == "adamw" and i > 0:
             new = stochastic_round(new, low_half(bits), lane.dtype)
         lane.copy_(new)
     if remainder is not None:
-        split(w, weight, remainder)
+        split(w, weight, remainder, None if bits is None else high_half(bits) >> 8 & 0xFF)
     else:
-        weight.copy_(w if bits is None else stochastic_round(w, high_half(bits), weight.dtype))
+        rounds = bits is not None and weight.element_size() == 2
+        weight.copy_(stochastic_round(w, high_half(bits), weight.dtype) if rounds else w)
         w = weight.to(compute)
     if ema is not None:
         change = c.rate * (w - ema)
         ema.copy_(torch.where(change.abs() < float("inf"), ema + change, ema))
+
+
+def _byte(bits: Tensor | None, i: int) -> Tensor | None:
+    """The random bits of lane i in 8 bits: the third, a maximum, is rounded to nearest, for it would creep upwards."""
+    return None if bits is None or i > 1 else low_half(bits) >> 8 * i & 0xFF
 
 
 def _named(columns: Sequence[str], coef: Tensor) -> SimpleNamespace:
@@ -251,21 +250,23 @@ def _active(segments: Segments) -> Iterator[int]:
     return (i for i, active in enumerate(segments.active) if active and segments.plan.lengths[i])
 
 
-def norm_sq(segments: Segments, adaptive: bool, mask: Tensor | None) -> Tensor:
+def norm_sq(segments: Segments, adaptive: bool, mask: Tensor | None, scale: Tensor | None = None) -> Tensor:
     """Sum of (s g)^2 over all segments, with s = abs(w) (ASAM, arXiv 2102.11600) if adaptive, else 1.
 
     Args:
-        segments: gradients in any float type, and weights.
+        segments: gradients in any float type, or codes of a lane in 8 bits; and weights.
         adaptive: scale by the weights.
         mask: int32 [size / 32], sum over these coordinates only; None for all.
+        scale: bf16 [size / 32], of gradients that are codes; else None.
 
     Returns:
         fp64 scalar; inf or NaN if any element is, counted or not, or if the sum of a chunk overflows the compute type.
     """
     total = torch.zeros((), dtype=torch.float64, device=segments.plan.device)
     for i in _active(segments):
-        words = None if mask is None else segments.plan.words(mask, i)
-        total = total + _norm_sq(segments.flat("grad", i), segments.flat("weight", i) if adaptive else None, words)
+        words, own = (None if lane is None else segments.plan.words(lane, i) for lane in (mask, scale))
+        weight = segments.flat("weight", i) if adaptive else None
+        total = total + _norm_sq(segments.flat("grad", i), weight, words, own)
     return total
 
 
@@ -290,6 +291,7 @@ def perturb_(
     adaptive: bool,
     stochastic: bool,
     random: bool,
+    scale: Tensor | None = None,
 ) -> None:
     """backup <- w, w <- round(w + scale s g), s = w^2 (ASAM, arXiv 2102.11600 eq. 9) or 1 (SAM, 2010.01412 eq. 2).
 
@@ -297,20 +299,22 @@ def perturb_(
     only (ESAM's stochastic weight perturbation, arXiv 2110.03141, section 3.1).
 
     Args:
-        segments: weights, written; gradients in any float type.
-        backup: lane in the weights' type [size]; written.
+        segments: weights, written; gradients in any float type, or codes of a lane in 8 bits.
+        backup: lane in the weights' type [size]; written. Or int8 for 16-bit weights: weights move by at most 127 steps
+            of their type, and the steps are what is kept; see `formats.displace`.
         mask: int32 [size / 32], only these coordinates move; None for all.
         coef: [segments, len(spec.PERTURB)], fp64 for fp64 weights, else fp32.
         key: of the random numbers, int32 [segments].
         adaptive: ASAM's scaling.
         stochastic: round 16-bit weights stochastically.
         random: move a random part of the coordinates.
+        scale: bf16 [size / 32], of gradients that are codes; else None.
     """
     for i in _active(segments):
-        words = None if mask is None else segments.plan.words(mask, i)
+        words, own = (None if lane is None else segments.plan.words(lane, i) for lane in (mask, scale))
         part = segments.plan.part(backup, i)
         weight, grad = segments.flat("weight", i), segments.flat("grad", i)
-        _perturb_(weight, grad, part, words, coef[i], key[i], adaptive, stochastic, random)
+        _perturb_(weight, grad, part, words, own, coef[i], key[i], adaptive, stochastic, random)
 
 
 def descend_(
@@ -324,6 +328,8 @@ def descend_(
     key: Tensor,
     rule: str,
     stochastic: bool,
+    scales: Sequence[Tensor] = (),
+    steps: Tensor | None = None,
 ) -> None:
     """One step of an optimizer's rule from the clean weights, which also undoes a perturbation.
 
@@ -335,8 +341,9 @@ def descend_(
 
     Args:
         segments: weights, written; gradients and other gradients in the weights' type; where the clean weights are.
-        state: the rule's lanes (`spec.STATE`), one float type [size]; written.
-        remainder: of master weights, int16 (bf16) or int32 (fp16) [size]; written; see `combine`. None without them.
+        state: the rule's lanes (`spec.STATE`), one float type [size]; written. Or codes, see `formats.encode`.
+        remainder: of master weights, int16 or int8 (bf16) or int32 (fp16) [size]; written; see `formats.combine`. None
+            without them.
         anchor: in the weights' type [size]; None to decay to zero.
         ema: average of the clean weights, in the compute type [size]; written; or None.
         orthogonal: in the weights' type [size]: gets `grad - other * other_grad` (LookSAM's component, to be used
@@ -344,13 +351,18 @@ def descend_(
         coef: [segments, len(spec.DESCEND[rule])], fp64 for fp64 weights, else fp32: the compute type.
         key: of the random numbers, int32 [segments].
         rule: a name in `spec.DESCEND`.
-        stochastic: round 16-bit weights and second moments stochastically, where there are no master weights.
+        stochastic: round 16-bit weights without a remainder, 16-bit second moments, codes and 24-bit master weights
+            stochastically.
+        scales: of codes, bf16 [size / 32], one for each lane of the state; written. Empty for floats.
+        steps: int8 [size], how far 16-bit weights have been moved from clean ones, see `formats.displace`; or None.
     """
-    lanes = [*state, remainder, anchor, ema, orthogonal]
+    lanes = [steps, remainder, anchor, ema, orthogonal]
     for i in _active(segments):
-        parts = [None if lane is None else segments.plan.part(lane, i) for lane in lanes]
         tensors = (segments.flat(name, i) for name in ("weight", "clean", "grad", "other"))
-        _descend_(*tensors, parts[: len(state)], *parts[len(state) :], coef[i], key[i], rule, stochastic)
+        own = [segments.plan.part(lane, i) for lane in state]
+        own_scales = [segments.plan.words(scale, i) for scale in scales]
+        parts = (None if lane is None else segments.plan.part(lane, i) for lane in lanes)
+        _descend_(*tensors, own, own_scales, *parts, coef[i], key[i], rule, stochastic)
 
 
 def magnitude_key(values: Tensor, wide: bool) -> Tensor:

@@ -129,23 +129,3 @@ def round_to(x, half, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
         return stochastic_round(x, half, dtype)
     else:
         return narrow(x, dtype)
-
-
-@triton.jit
-def combine(weight, remainder):
-    """The fp32 master weights of which 16-bit ones are the rounding; see `reference.combine`."""
-    wide = widen(weight, tl.float32)
-    master = (wide.to(tl.int32, bitcast=True) + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
-    if weight.dtype == tl.float16:
-        return tl.where(narrow(master, tl.float16) == weight, master, wide)
-    return tl.where(master == master, master, wide)
-
-
-@triton.jit
-def split(master, dtype: tl.constexpr, remainder_dtype: tl.constexpr):
-    """fp32 master weights as their rounding to nearest, and the bits that it lost; see `reference.split`."""
-    weight = narrow(master, dtype)
-    lost = master.to(tl.int32, bitcast=True) - widen(weight, tl.float32).to(tl.int32, bitcast=True)
-    if remainder_dtype == tl.int16:
-        lost = tl.minimum(lost, 32767)
-    return weight, lost.to(remainder_dtype)

@@ -9,6 +9,11 @@ CHUNK = 16 * BLOCK
 # In a lane every segment begins on a multiple of so many elements: vector loads, and a mask's words of 32 bits.
 ALIGN = 32
 
+# Elements that share a scale where moments have 8 bits.
+GROUP = 32
+# The smallest normal fp32 number.
+TINY = 2.0**-126
+
 # Columns of a segment table, int64 [segments, len(TABLE)]; see `segments.Segments`.
 #   offset, length: of the segment in the lanes; a length of 0 means that it takes no part in this launch
 #   block, chunk: the number of its first block and of its first chunk among those of all segments
@@ -63,6 +68,9 @@ STATE = {
     "sgd": ("momentum_buffer",),
     "lion": ("exp_avg",),
 }
+
+# The lanes that can be kept in codes of 8 bits, and whether these have a sign; each has a lane of scales beside it.
+CODED = {"exp_avg": True, "exp_avg_sq": False, "max_exp_avg_sq": False, "momentum_buffer": True}
 
 # The counter-based generator: bits(i) = mix(i * WEYL + key), mix(x) = (x ^ x >> 15) * MIX, all mod 2**32.
 # WEYL is 2**32 over the golden ratio, so that neighbours start far apart; MIX is of the lowbias32 family.

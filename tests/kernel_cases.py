@@ -10,7 +10,7 @@ from torch import Tensor
 from fsam_triton.kernels import formulas
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Multiples of a block and of a chunk, and everything around them.
 LENGTHS = [1, 31, 1000, 1024, 4096, 4999, 16384, 2 * 16384 + 5]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -16,7 +17,8 @@ from torch.nn import Parameter
 
 from ..errors import ArgumentError, check
 from ..kernels import spec
-from ..kernels.reference import combine, pack_mask, split, unpack_mask
+from ..kernels.formats import combine, decode, encode, replace, split
+from ..kernels.reference import pack_mask, unpack_mask
 from ..kernels.segments import Plan, Segments, Uploaded, upload
 from .guards import alike
 
@@ -30,6 +32,7 @@ SHOWN = {
     "exp_avg_sq": "zeros",
     "max_exp_avg_sq": "zeros",
     "momentum_buffer": "zeros",
+    **{f"{name}_scale": "zeros" for name in spec.CODED},
     "remainder": "zeros",
     "anchor": "first",
     "ema": "weights",
@@ -38,6 +41,8 @@ SHOWN = {
     "orthogonal": "zeros",
     "index": "kept",
 }
+# Those with one element for each `spec.GROUP` of the weights, beside "mask".
+SCALES = {f"{name}_scale": name for name in spec.CODED}
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,7 +327,7 @@ class Lanes:
     def clean_parameter(self, i: int) -> Tensor:
         """The clean weights of parameter i, which is perturbed, as a tensor like it."""
         p = self.params[i]
-        clean = self.like_parameter(i, apart(self.views("backup")[i]))
+        clean = self.like_parameter(i, apart(self.backup(i)))
         return clean.to(device=p.device, dtype=p.dtype)
 
     def like_lane(self, i: int, tensor: Tensor) -> Tensor:
@@ -345,8 +350,30 @@ class Lanes:
         """Parameter i's clean weights in the shape of its parts: itself, or its backup."""
         if self.perturbed is not None and self.perturbed.active[i]:
             self.perturbed.settle()
-            return self.views("backup")[i]
+            return self.backup(i)
         return self.like_lane(i, self.memory()[i])
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the lane "backup" holds how far perturbed weights are from the clean ones, not these themselves."""
+        return "backup" in self.lanes and self.lanes["backup"].dtype == torch.int8
+
+    def backup(self, i: int) -> Tensor:
+        """The clean weights of parameter i, which is perturbed, in the shape of its parts."""
+        view = self.views("backup")[i]
+        return replace(self.like_lane(i, self.memory()[i]), view) if self.counts_steps else view
+
+    def restore(self, which: Sequence[int]) -> None:
+        """Put the clean weights back into these parameters, which are perturbed."""
+        if not self.counts_steps:
+            self.write("backup", which)
+            return
+        memory = self.memory()
+        with torch.no_grad():
+            # One after the other, for there may be no memory for all.
+            for i in which:
+                memory[i].detach().copy_(self.backup(i))
+        self._tell([self.params[i] for i in which])
 
     def exact(self, i: int) -> Tensor:
         """A copy of parameter i's clean weights in the shape of its parts: in fp32 if it has master weights."""
@@ -370,7 +397,7 @@ class Lanes:
     def lane(self, name: str, dtype: torch.dtype) -> Tensor:
         """The buffer of that name, made of zeros when first asked for."""
         if name not in self.lanes:
-            size = self.plan.size // 32 if name == "mask" else self.plan.size
+            size = self.plan.size // spec.GROUP if name == "mask" or name in SCALES else self.plan.size
             self.lanes[name] = torch.zeros(size, dtype=dtype, device=self.device)
             for i, entry in enumerate(self._entries if name in SHOWN else ()):
                 if entry is not None and name not in entry:
@@ -413,14 +440,27 @@ class Lanes:
         return [0] * len(self)
 
     def views(self, name: str) -> list[Tensor]:
-        """Each parameter's part of a lane, in its own shape and strides."""
+        """Each parameter's part of a lane, in its own shape and strides; of scales, see `shape_of_scales`."""
         if name not in self._views:
-            views = self._views[name] = [self._part(self.lanes[name], i) for i in range(len(self))]
+            part = self._scales if name in SCALES else self._part
+            views = self._views[name] = [part(self.lanes[name], i) for i in range(len(self))]
             self._known[id(views)] = np.array(list(map(Tensor.data_ptr, views)), np.int64)
         return self._views[name]
 
     def _part(self, flat: Tensor, i: int) -> Tensor:
         return self.plan.part(flat, i).as_strided(self.shapes[i], self.strides[i])
+
+    def _scales(self, flat: Tensor, i: int) -> Tensor:
+        return self.plan.words(flat, i).view(shape_of_scales(self.shapes[i]))
+
+    def decoded(self, name: str, i: int) -> Tensor:
+        """Parameter i's part of a lane in codes of 8 bits as fp32, in the part's shape and strides; a copy."""
+        codes, scale = self.plan.part(self.lanes[name], i), self.plan.words(self.lanes[f"{name}_scale"], i)
+        return decode(codes, scale).as_strided(self.shapes[i], self.strides[i])
+
+    def is_coded(self, name: str) -> bool:
+        """Whether a lane is kept in codes of 8 bits."""
+        return f"{name}_scale" in self.lanes
 
     def chosen(self, i: int) -> Tensor:
         """Parameter i's mask, bool in its shape."""
@@ -478,6 +518,9 @@ class Lanes:
         there = dict(zip(before, self._published_at[i], strict=True))
         for name in self._names():
             value = None if entry is None else entry.get(name)
+            if name in SCALES and is_float((entry or {}).get(SCALES[name])):
+                # Somebody has put them in the place of codes, which have had their scales made for them.
+                continue
             if value is None:
                 # Taken out by somebody; or never there, and zeros do not stand for that.
                 if name in before or (entry and not before and SHOWN.get(name) != "zeros"):
@@ -510,12 +553,22 @@ class Lanes:
             self.steps[i].copy_(torch.as_tensor(value).reshape(()), non_blocking=True)
             return
         value = self.taken(i, name, value) if like_parameter else value
+        if self.is_coded(name) and value.is_floating_point():
+            self._encode(i, name, value)
+            return
         target = self.plan.words(self.lanes[name], i) if name == "mask" else self.views(name)[i]
         label = f"state {name!r} of parameter {self.members[i]}"
         check(value.shape == target.shape, label, tuple(value.shape), f"must have shape {tuple(target.shape)}")
         target.copy_(value)
         if name == "anchor":
             self._anchored[i] = True
+
+    def _encode(self, i: int, name: str, value: Tensor) -> None:
+        flat = torch.empty(self.shapes[i].numel(), dtype=torch.float32, device=self.device)
+        flat.as_strided(self.shapes[i], self.strides[i]).copy_(value)
+        codes, scale = encode(flat, spec.CODED[name])
+        self.plan.part(self.lanes[name], i).copy_(codes)
+        self.plan.words(self.lanes[f"{name}_scale"], i).copy_(scale)
 
     def has_anchor(self, i: int) -> bool:
         """Whether parameter i's part of "anchor" has been set."""
@@ -585,7 +638,7 @@ class Moved(Exception):
 
 
 class Perturbed:
-    """How a pass has left perturbed parameters; their clean weights are in the lane "backup".
+    """How a pass has left perturbed parameters; their clean weights, or the steps from there, are in the lane "backup".
 
     What somebody writes into a parameter meanwhile (by loading a checkpoint, say) is taken for clean weights.
 
@@ -629,6 +682,8 @@ class Perturbed:
         lanes, memory = self.lanes, self.lanes.memory()
         if lanes.versions() == self._versions and list(map(Tensor.data_ptr, memory)) == self._addresses:
             return
+        if lanes.counts_steps:
+            self._expand()
         versions = lanes.versions()
         for i in self.which():
             now, backup = memory[i], lanes.views("backup")[i]
@@ -644,14 +699,44 @@ class Perturbed:
                 backup.copy_(torch.where(theirs == left, backup, theirs))
         self._versions = versions
 
+    def _expand(self) -> None:
+        """Make clean weights of the steps: what is written meanwhile is not counted from the perturbed ones."""
+        lanes, memory = self.lanes, self.lanes.memory()
+        steps = lanes.views("backup")
+        lanes.drop("backup")
+        lanes.lane("backup", lanes.dtype)
+        for i in self.which():
+            left = memory[i].detach()
+            if left.data_ptr() != self._addresses[i] or left.dtype != lanes.dtype:
+                left = self._left(i, left)
+            lanes.views("backup")[i].copy_(replace(lanes.like_lane(i, left), steps[i]))
+
     def _left(self, i: int, now: Tensor) -> Tensor:
         out = torch.empty(0, dtype=self.lanes.dtype, device=self.lanes.device)
         return out.set_(self._storages[i], self._offsets[i], now.shape, self._strides[i])
 
     def put_back(self) -> None:
         """Put back the clean weights, to the bit, after `settle`."""
-        self.lanes.write("backup", self.which())
+        self.lanes.restore(self.which())
         self.lanes.perturbed = None
+
+
+def shape_of_scales(shape: Sequence[int]) -> torch.Size:
+    """What the scales of a parameter's codes look like: a row for each of its rows, in the order of memory.
+
+    Where rows are whole groups, shards of a parameter have whole groups, too.
+    """
+    return torch.Size([shape[0], math.prod(shape[1:]) // spec.GROUP])
+
+
+def can_be_coded(shape: Sequence[int]) -> bool:
+    """Whether a parameter of this shape can have codes of 8 bits: whatever its shards, rows must be whole groups."""
+    return len(shape) > 1 and math.prod(shape[1:]) % spec.GROUP == 0
+
+
+def is_float(value: Any) -> bool:
+    """Whether it is a tensor of floats."""
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def sharing(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -20,7 +20,13 @@ from ..segments import Segments
 
 _TYPES = {
     **{torch.float64: "double", torch.float32: "float", torch.bfloat16: "BF16", torch.float16: "FP16"},
-    **{torch.int16: "int16_t", torch.int32: "int32_t", torch.int64: "int64_t"},
+    **{
+        torch.int8: "int8_t",
+        torch.uint8: "uint8_t",
+        torch.int16: "int16_t",
+        torch.int32: "int32_t",
+        torch.int64: "int64_t",
+    },
 }
 # From so many bytes on a backup has left the caches before it is read again.
 _STREAMED = 4 << 20
@@ -68,18 +74,18 @@ def _run(function: Callable[..., Any], segments: Segments, *tensors: Tensor | No
 
 
 @functools.cache
-def _norm_sq(weight: torch.dtype, grad: torch.dtype, adaptive: bool, masked: bool) -> Callable[..., Any]:
-    types = (weight, grad, reference.compute_dtype(grad))
-    return _pass("norm_sq", types, 3, adaptive=adaptive, masked=masked)
+def _norm_sq(weight: torch.dtype, grad: torch.dtype, **options: bool) -> Callable[..., Any]:
+    return _pass("norm_sq", (weight, grad, reference.compute_dtype(grad)), 4, **options)
 
 
 @_or_reference
-def norm_sq(segments: Segments, adaptive: bool, mask: Tensor | None) -> Tensor:
+def norm_sq(segments: Segments, adaptive: bool, mask: Tensor | None, scale: Tensor | None = None) -> Tensor:
     """The same as `reference.norm_sq`, but for the order of additions."""
     result = torch.zeros((), dtype=torch.float64)
     if segments:
-        function = _norm_sq(segments.dtype(), segments.dtype("grad"), adaptive, mask is not None)
-        _run(function, segments, mask, torch.empty(segments.plan.chunks, dtype=torch.float64), result)
+        options = {"adaptive": adaptive, "masked": mask is not None, "coded": scale is not None}
+        function = _norm_sq(segments.dtype(), segments.dtype("grad"), **options)
+        _run(function, segments, mask, scale, torch.empty(segments.plan.chunks, dtype=torch.float64), result)
     return result
 
 
@@ -99,8 +105,8 @@ def gap(segments: Segments) -> Tensor:
 
 
 @functools.cache
-def _perturb(weight: torch.dtype, grad: torch.dtype, **options: bool) -> Callable[..., Any]:
-    return _pass("perturb", (weight, grad, reference.compute_dtype(weight)), 4, **options)
+def _perturb(weight: torch.dtype, grad: torch.dtype, backup: torch.dtype, **options: bool) -> Callable[..., Any]:
+    return _pass("perturb", (weight, grad, backup, reference.compute_dtype(weight)), 5, **options)
 
 
 @_or_reference
@@ -113,6 +119,7 @@ def perturb_(
     adaptive: bool,
     stochastic: bool,
     random: bool,
+    scale: Tensor | None = None,
 ) -> None:
     """The same as `reference.perturb_`."""
     if not segments:
@@ -121,14 +128,16 @@ def perturb_(
     function = _perturb(
         weight,
         segments.dtype("grad"),
+        backup.dtype,
         adaptive=adaptive,
         masked=mask is not None,
+        coded=scale is not None,
         stochastic=stochastic and weight.itemsize == 2,
         random=random,
         # Passes over 16-bit numbers wait for the processor, not for memory.
         streamed=weight.itemsize > 2 and segments.plan.size * weight.itemsize >= _STREAMED,
     )
-    _run(function, segments, backup, mask, coef.contiguous(), key.contiguous())
+    _run(function, segments, backup, mask, scale, coef.contiguous(), key.contiguous())
 
 
 @functools.cache
@@ -136,15 +145,15 @@ def _descend(
     rule: str,
     weight: torch.dtype,
     grad: torch.dtype,
-    state: torch.dtype | None,
-    remainder: torch.dtype | None,
-    lanes: int,
+    state: tuple[torch.dtype, ...],
+    lost: torch.dtype | None,
     **options: bool,
 ) -> Callable[..., Any]:
     # Of lanes that are not there the type does not matter.
-    types = (f"rules::{rule}", weight, grad, state or weight, remainder or torch.int32)
-    options = {"lanes": lanes, "remainder": remainder is not None, **options}
-    return _pass("descend", (*types, reference.compute_dtype(weight)), 9, **options)
+    first, others = (state[0], state[-1]) if state else (weight, weight)
+    types = (f"rules::{rule}", weight, grad, first, others, lost or torch.int32)
+    options = {"lanes": len(state), **options}
+    return _pass("descend", (*types, reference.compute_dtype(weight)), 13, **options)
 
 
 @_or_reference
@@ -159,21 +168,29 @@ def descend_(
     key: Tensor,
     rule: str,
     stochastic: bool,
+    scales: Sequence[Tensor] = (),
+    steps: Tensor | None = None,
 ) -> None:
     """The same as `reference.descend_`."""
     if not segments:
         return
     weight = segments.dtype()
+    rounds = any(lane.itemsize < 4 for lane in state)
+    rounds |= weight.itemsize == 2 and (remainder is None or remainder.itemsize == 1)
     function = _descend(
-        *(rule, weight, segments.dtype("grad"), state[0].dtype if state else None),
-        *(None if remainder is None else remainder.dtype, len(state)),
+        *(rule, weight, segments.dtype("grad"), tuple(lane.dtype for lane in state)),
+        None if remainder is None else remainder.dtype,
+        coded=bool(scales),
+        steps=steps is not None,
+        remainder=remainder is not None,
         anchor=anchor is not None,
         ema=ema is not None,
         other=segments.tensors["other"] is not None,
         orthogonal=orthogonal is not None,
-        stochastic=stochastic and remainder is None and weight.itemsize == 2,
+        stochastic=stochastic and rounds,
     )
-    lanes = (*state, *[None] * (3 - len(state)), remainder, anchor, ema, orthogonal)
+    none = [None] * (3 - len(state))
+    lanes = (*state, *none, *(scales or [None] * len(state)), *none, steps, remainder, anchor, ema, orthogonal)
     _run(function, segments, *lanes, coef.contiguous(), key.contiguous())
 
 

@@ -1,7 +1,7 @@
 // The squared norm of the gradients; and sums, whose additions always have the same order.
 #pragma once
 
-#include "numbers.h"
+#include "codecs.h"
 #include "segments.h"
 
 // A chunk is summed up in so many lanes, several vector registers: an addition must wait for the last one to its lane.
@@ -36,25 +36,29 @@ inline void add_up(const Segment* segments, int64_t count, const double* sums, i
 }
 
 struct NormOptions {
-  bool adaptive, masked;
+  bool adaptive, masked, coded;
 };
 
 // result <- sum of (s g)^2, s = |w| if adaptive, else 1, over the mask's coordinates if there is one.
 //
 //   T, G, C: types of weights, of gradients, and computed in
-//   mask: [size / 32]; sums: [chunks], for use inside; result: [1], written
+//   mask, scales: [size / 32], the latter of gradients that are codes of a lane; sums: [chunks], for use inside; result: [1], written
 //
 // Bytes an element: those of a gradient, and of a weight if adaptive.
 template <typename T, typename G, typename C, NormOptions OPTIONS>
-void norm_sq(const Segment* segments, int64_t count, int threads, const uint32_t* mask, double* sums, double* result) {
+void norm_sq(const Segment* segments, int64_t count, int threads, const uint32_t* mask, const BF16* scales,
+             double* sums, double* result) {
   for_each_chunk(segments, count, threads, [=](int64_t s, int64_t start, int64_t stop) {
     const Segment& segment = segments[s];
     const G* grad = at<const G>(segment.grad);
     const T* weight = at<const T>(segment.weight);
     const uint32_t* words = mask + segment.offset / 32;
+    const BF16* own_scales = scales + segment.offset / 32;
     C lanes[LANES] = {};
     each_in_lanes(start, stop, [&](int64_t i, int lane, int64_t word) {
-      C x = widened(grad[i]);
+      C x;
+      if constexpr (OPTIONS.coded) x = decoded(grad[i], widened(own_scales[word]));
+      else x = widened(grad[i]);
       if (OPTIONS.adaptive) x *= C(widened(weight[i]));
       // Zero times an inf or NaN is NaN: what is not finite shows, masked or not.
       if (OPTIONS.masked) x = choose(words[word] >> (lane % 32) & 1, x, x * C(0));

@@ -114,30 +114,3 @@ inline void store_stochastically(FP16& to, float x, int32_t rand) {
   y = choose(y > 65504.0f, 65504.0f, choose(y < -65504.0f, -65504.0f, y));
   store(to, choose(absolute(x) < LARGE, y, x));
 }
-
-// -- master weights -------------------------------------------------------------------------------------------------
-
-// The fp32 number of which `weight` is the rounding, see reference.combine; int16_t for BF16, int32_t for FP16.
-inline float combined(BF16 weight, int16_t remainder) {
-  const uint32_t bits = uint32_t(weight.bits) << 16;
-  const float master = float_of(bits + uint32_t(int32_t(remainder)));
-  return choose(master == master, master, float_of(bits));
-}
-inline float combined(FP16 weight, int32_t remainder) {
-  const float wide = widened(weight), master = float_of(bits_of(wide) + uint32_t(remainder));
-  FP16 rounded;
-  store(rounded, master);
-  return choose(widened(rounded) == wide, master, wide);
-}
-
-// The rounding of `master` and what it loses, see reference.split.
-inline void split(float master, BF16& weight, int16_t& remainder) {
-  // Where the weight was set to an infinity, no arithmetic has made the NaN.
-  store(weight, choose(master == master, master, __builtin_nanf("")));
-  const int32_t lost = int32_t(bits_of(master) - (uint32_t(weight.bits) << 16));
-  remainder = int16_t(lost < 32767 ? lost : 32767);
-}
-inline void split(float master, FP16& weight, int32_t& remainder) {
-  store(weight, master);
-  remainder = int32_t(bits_of(master) - bits_of(widened(weight)));
-}
