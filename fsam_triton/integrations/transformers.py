@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,14 +76,33 @@ def create_optimizer(
     return optimizer_cls([group for group in groups if group["params"]], **{**from_args, **kwargs})
 
 
+@dataclass
+class _Pass:
+    """The first pass of a micro-batch, as the second one needs it.
+
+    Attributes:
+        inputs: what `training_step` was given.
+        num_items_in_batch: the number of items in all micro-batches.
+        random: the random state before the pass, if dropout masks are to be the same.
+        prepared: what `_prepare_inputs` made of the inputs; for TRL's online trainers that is to generate completions.
+    """
+
+    inputs: dict[str, Any]
+    num_items_in_batch: Tensor | int | None
+    random: list[Tensor] | None
+    prepared: Any = None
+
+
 class SharpnessAwareMixin:
     """Makes a step of transformers' Trainer two passes, and of classes derived from it: it goes before them.
 
     The gradients of all micro-batches of a step make the perturbation; then the same micro-batches are passed once more
-    at the perturbed weights, by the ``training_step`` of the class below. Logged are the loss at the weights, and the
-    norm of the gradient at the perturbed ones, which ``args.max_grad_norm`` clips. The schedule of the `FSAM` decides
-    which steps have a second pass. Running statistics (BatchNorm) are those of the first passes. State dicts of the
-    model show clean weights at any time, and an exception leaves them in the parameters.
+    at the perturbed weights, by the ``training_step`` of the class below, with what its ``_prepare_inputs`` has made of
+    them for the first pass. Logged are the loss at the weights, and the norm of the gradient at the perturbed ones,
+    which ``args.max_grad_norm`` clips. The schedule of the `FSAM` decides which steps have a second pass. Running
+    statistics (BatchNorm), and what the class below counts in private attributes (TRL's metrics, tokens, steps), are
+    those of the first passes. State dicts of the model show clean weights at any time, and an exception leaves them
+    in the parameters.
 
     Args:
         *args, **kwargs: of the class below; ``optimizers`` and ``optimizer_cls_and_kwargs`` can give an FSAM.
@@ -106,8 +128,9 @@ class SharpnessAwareMixin:
     ) -> None:
         self.optimizer_kwargs = dict(optimizer_kwargs or {})
         self.same_dropout = same_dropout
-        # The micro-batches of the step so far: inputs, number of items in all of them, random state before the pass.
-        self._passed: list[tuple[dict[str, Any], Tensor | int | None, list[Tensor] | None]] = []
+        # The micro-batches of the step so far, and the one whose pass is under way.
+        self._passed: list[_Pass] = []
+        self._current: _Pass | None = None
         super().__init__(*args, **kwargs)
         unused = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         allowed = "must be None with optimizers or optimizer_cls_and_kwargs"
@@ -173,13 +196,13 @@ class SharpnessAwareMixin:
         if not optimizer.is_sharp:
             return super().training_step(model, inputs, num_items_in_batch)
         random = _random_state(self.args.device) if self.same_dropout else None
-        self._passed.append((inputs, num_items_in_batch, random))
+        self._passed.append(_Pass(inputs, num_items_in_batch, random))
         try:
             with optimizer.ascent_pass():
-                loss = super().training_step(model, inputs, num_items_in_batch)
+                loss = self._pass(model, self._passed[-1])
             if self.accelerator.sync_gradients:
                 optimizer.perturb(self.accelerator.scaler)
-                with _statistics_kept(model):
+                with _statistics_kept(model), _tallies_kept(self):
                     self._pass_again(model)
         except BaseException:
             # Trainer catches some itself (auto_find_batch_size) and goes on.
@@ -188,13 +211,28 @@ class SharpnessAwareMixin:
             raise
         return loss
 
+    def _pass(self, model: nn.Module, which: _Pass) -> Tensor:
+        self._current = which
+        try:
+            return super().training_step(model, which.inputs, which.num_items_in_batch)
+        finally:
+            self._current = None
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        if (current := self._current) is None:
+            return super()._prepare_inputs(inputs)
+        if current.prepared is None:
+            current.prepared = super()._prepare_inputs(inputs)
+        # What is made of the inputs may take entries out of them.
+        return copy.copy(current.prepared)
+
     def _pass_again(self, model: nn.Module) -> None:
         while self._passed:
-            inputs, num_items_in_batch, random = self._passed.pop(0)
-            if random is not None:
-                _set_random_state(self.args.device, random)
+            which = self._passed.pop(0)
+            if which.random is not None:
+                _set_random_state(self.args.device, which.random)
             with self.accelerator.no_sync(model) if self._passed else contextlib.nullcontext():
-                super().training_step(model, inputs, num_items_in_batch)
+                self._pass(model, which)
 
 
 class SAMTrainer(SharpnessAwareMixin, Trainer):
@@ -212,6 +250,27 @@ def _statistics_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for buffer, value in zip(buffers, values, strict=True):
             buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _tallies_kept(trainer: Trainer) -> Iterator[None]:
+    """At its end, puts back the numbers, and collections of numbers, in a trainer's private attributes.
+
+    TRL's trainers have their metrics there, and count tokens, micro-batches and seconds.
+    """
+    kept = {n: copy.deepcopy(value) for n, value in vars(trainer).items() if n.startswith("_") and _is_tally(value)}
+    tokens = trainer.state.num_input_tokens_seen
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
+        trainer.state.num_input_tokens_seen = tokens
+
+
+def _is_tally(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_tally, value.values()))
+    return all(isinstance(one, int | float) for one in (value if isinstance(value, list | deque) else [value]))
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
