@@ -453,10 +453,18 @@ class Lanes:
     def _scales(self, flat: Tensor, i: int) -> Tensor:
         return self.plan.words(flat, i).view(shape_of_scales(self.shapes[i]))
 
-    def decoded(self, name: str, i: int) -> Tensor:
-        """Parameter i's part of a lane in codes of 8 bits as fp32, in the part's shape and strides; a copy."""
-        codes, scale = self.plan.part(self.lanes[name], i), self.plan.words(self.lanes[f"{name}_scale"], i)
-        return decode(codes, scale).as_strided(self.shapes[i], self.strides[i])
+    def float_entry(self, i: int, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """An entry of a state for parameter i, with floats instead of codes of 8 bits."""
+        out = {name: value for name, value in entry.items() if name not in SCALES}
+        for scale, name in SCALES.items():
+            if scale in entry and isinstance(entry.get(name), Tensor) and not is_float(entry[name]):
+                out[name] = self.like_parameter(i, self._decoded(i, entry[name], entry[scale]))
+        return out
+
+    def _decoded(self, i: int, codes: Tensor, scale: Tensor) -> Tensor:
+        flat = torch.empty(self.shapes[i].numel(), dtype=codes.dtype, device=codes.device)
+        flat.as_strided(self.shapes[i], self.strides[i]).copy_(codes)
+        return decode(flat, scale.flatten()).as_strided(self.shapes[i], self.strides[i])
 
     def is_coded(self, name: str) -> bool:
         """Whether a lane is kept in codes of 8 bits."""
@@ -596,6 +604,8 @@ class Lanes:
         check(value.shape in shapes, label, tuple(value.shape), f"must have shape {tuple(shapes[0])}")
 
     def _shapes_of(self, i: int, name: str) -> list[torch.Size]:
+        if name in SCALES:
+            return [shape_of_scales(self.full_shapes[i])]
         if name == "mask":
             return [torch.Size([-(-self.shapes[i].numel() // 32)]), self.shapes[i]]
         return [self.shapes[i]]
@@ -616,9 +626,13 @@ class Lanes:
             flat = torch.zeros(self.shapes[i].numel(), dtype=torch.bool, device=value.device)
             flat.as_strided(self.shapes[i], self.strides[i]).copy_(value)
             return pack_mask(flat)
-        if name == "remainder" and value.is_floating_point():
-            # As shards show theirs.
-            return value.view(torch.int16)
+        if name == "remainder":
+            # Shards show 16 bits as floats.
+            value = value.view(torch.int16) if value.is_floating_point() else value
+            own = self.lanes[name].dtype
+            if (own, value.dtype) == (torch.int8, torch.int16):
+                return (value.to(torch.int32) + 128 >> 8).clamp(max=127).to(own)
+            return value.to(own) << 8 if (own, value.dtype) == (torch.int16, torch.int8) else value
         return value
 
 

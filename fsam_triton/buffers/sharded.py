@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from ..errors import check
+from ..kernels import spec
 from ..kernels.reference import unpack_mask
-from .lanes import Lanes, Member
+from .lanes import SCALES, Lanes, Member, shape_of_scales
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,6 +48,15 @@ def check_placements(label: str, p: DTensor) -> None:
     """Refuse a parameter of which ranks have summands instead of shards."""
     is_partial = any(placement.is_partial() for placement in p.placements)
     check(not is_partial, f"placements of {label}", p.placements, "must be replicated or sharded")
+
+
+def check_shards_of_codes(label: str, p: DTensor) -> None:
+    """Refuse a parameter whose shards do not have whole groups of elements that share a scale."""
+    for i in shard_dims(p):
+        dim = getattr(p.placements[i], "dim", None)
+        whole = dim == 0 or (dim == 1 and p.dim() == 2 and p.shape[1] % (spec.GROUP * p.device_mesh.size(i)) == 0)
+        allowed = f'must be Shard(0), or of whole groups of {spec.GROUP} columns, with state_format="8bit"'
+        check(whole, f"placements of {label}", p.placements, allowed)
 
 
 class ShardedLanes(Lanes):
@@ -106,6 +116,8 @@ class ShardedLanes(Lanes):
 
     def _shapes_of(self, i: int, name: str) -> list[torch.Size]:
         p = self.params[i]
+        if name in SCALES:
+            return [shape_of_scales(p.shape)]
         return [p.shape, torch.Size([-(-p.numel() // 32)])] if name == "mask" else [p.shape]
 
     def _address(self, shown: Tensor) -> int:
@@ -126,11 +138,16 @@ class ShardedLanes(Lanes):
         if name == "mask":
             return self.chosen(i)
         part = super().shown(name, i)
+        if name in SCALES:
+            return self.like_parameter(i, part, shape_of_scales(self.params[i].shape))
         # Collectives, and so checkpoints that gather, know no int16: the same bits as a type that they know.
         return self.like_parameter(i, part.view(torch.bfloat16) if part.dtype == torch.int16 else part)
 
     def chosen(self, i: int) -> Tensor:
         return self.like_parameter(i, super().chosen(i))
+
+    def _decoded(self, i: int, codes: Tensor, scale: Tensor) -> Tensor:
+        return super()._decoded(i, self._shard_of(i, codes), self._shard_of(i, scale))
 
     def taken(self, i: int, name: str, value: Tensor) -> Tensor:
         if name == "mask" and value.dtype != torch.bool:
@@ -138,12 +155,13 @@ class ShardedLanes(Lanes):
             value = unpack_mask(value, torch.empty(p.numel(), device="meta")).view(p.shape)
         return super().taken(i, name, self._shard_of(i, value))
 
-    def like_parameter(self, i: int, shard: Tensor) -> DTensor:
-        """A shard as a part of a DTensor like parameter i."""
+    def like_parameter(self, i: int, shard: Tensor, shape: torch.Size | None = None) -> DTensor:
+        """A shard as a part of a DTensor placed like parameter i, of its shape or, of two dimensions, of another."""
         from torch.distributed.tensor import DTensor
 
         p = self.params[i]
-        return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+        shape, stride = (p.shape, p.stride()) if shape is None else (shape, (shape[1], 1))
+        return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
 
     def _as_placed(self, i: int, source: Tensor) -> Tensor:
         """This rank's part of a DTensor like parameter i, or another tensor; tensor parallelism leaves partial ones."""

@@ -37,12 +37,26 @@ def move(
     adaptive: bool = False,
     stochastic: bool,
     random: bool = False,
+    backup_format: str | None = None,
+    scale: Tensor | None = None,
 ) -> None:
     """Perturb the parameters that have a direction; see `kernels.reference.perturb_`."""
-    backup = lanes.lane("backup", lanes.dtype)
-    ops.perturb_(segments, backup, mask, coef, key, adaptive, stochastic, random)
+    counts = backup_format == "8bit" and lanes.dtype.itemsize == 2
+    if counts != lanes.counts_steps:
+        lanes.drop("backup")
+    backup = lanes.lane("backup", torch.int8 if counts else lanes.dtype)
+    ops.perturb_(segments, backup, mask, coef, key, adaptive, stochastic, random, scale)
+    if counts and not segments.all_active:
+        for i, active in enumerate(segments.active):
+            if not active:
+                lanes.views("backup")[i].zero_()
     lanes.written(segments.active)
     lanes.perturbed = Perturbed(lanes, segments.active)
+
+
+def check_backup_format(backup_format: str | None) -> None:
+    """Raise an ArgumentError unless it is None or "8bit"."""
+    check(backup_format in (None, "8bit"), "backup_format", backup_format, 'must be None or "8bit"')
 
 
 class Ascent:
@@ -51,7 +65,7 @@ class Ascent:
     Counts of ascents and radii stand in the parameter groups, so that state dicts have them.
 
     Args:
-        mask, mask_norm, beta, beta_per: see `FSAM`.
+        mask, mask_norm, beta, beta_per, backup_format: see `FSAM`.
         seed, stochastic_rounding: see `FusedOptimizer`.
         others: the processes that norms are summed over.
     """
@@ -65,7 +79,9 @@ class Ascent:
         seed: int,
         stochastic_rounding: bool,
         others: OtherParts,
+        backup_format: str | None = None,
     ) -> None:
+        check_backup_format(backup_format)
         check(mask is None or isinstance(mask, FisherMask), "mask", mask, "must be a FisherMask or None")
         check(mask_norm in ("all", "masked"), "mask_norm", mask_norm, 'must be "all" or "masked"')
         check(0 < beta <= 1, "beta", beta, "must be in (0, 1]")
@@ -78,6 +94,7 @@ class Ascent:
             "must be None with norm_group: it is chosen over a whole model",
         )
         self.seed, self.stochastic_rounding, self.others = seed, stochastic_rounding, others
+        self.backup_format = backup_format
         # What a GradScaler had multiplied the gradients of the last ascent with, if it was told.
         self.scale: Tensor | None = None
         # The parameters that a tensor-level mask does not move, once the host has read it.
@@ -209,13 +226,14 @@ class Ascent:
             self._unmoved = None
             for lanes in ledger:
                 lanes.drop("fisher")
+                lanes.drop("scores")
 
     def _scores(self, lanes: Lanes, selectable: list[int], grads: Sequence[Tensor | None]) -> Tensor:
         """What the mask is chosen by, in the layout of the lanes."""
         if self.adds_up:
             return lanes.lane("fisher", compute_dtype(lanes.dtype))
-        # Nothing is in it before the perturbation, and it takes no memory that is not needed anyway.
-        flat = lanes.lane("backup", lanes.dtype).zero_()
+        # Nothing is in a backup before the perturbation, and it takes no memory that is not needed anyway.
+        flat = lanes.lane("scores" if lanes.counts_steps or self.backup_format else "backup", lanes.dtype).zero_()
         own = [i for i in selectable if grads and grads[i] is not None]
         if own:
             parts = [lanes.plan.part(flat, i).as_strided(lanes.shapes[i], lanes.strides[i]) for i in own]
@@ -307,6 +325,7 @@ class Ascent:
                 adaptive=self._is_adaptive(lanes),
                 stochastic=self.stochastic_rounding,
                 random=self.draws_elements,
+                backup_format=self.backup_format,
             )
         ledger.seal()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from numbers import Real
 from typing import Any
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..buffers.lanes import SHOWN
+from ..buffers.lanes import SHOWN, Lanes
 from ..buffers.ledger import Ledger
 from ..errors import check
+from ..kernels import spec
 from .rules import Rule
 
 # Entries that torch.optim's load_state_dict makes floats of.
-_INTEGERS = ("mask", "index", "remainder")
+_INTEGERS = ("mask", "index", "remainder", *spec.CODED)
 
 
 def checked_groups(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -34,13 +35,19 @@ def checked_groups(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) 
     check(not lacking, "state_dict", f"groups {lacking} without 'params'", "every group must have them")
     theirs, ours = ([len(group["params"]) for group in each] for each in (saved, groups))
     check(theirs == ours, "state_dict", f"groups of {theirs} parameters", f"must have groups of {ours}")
-    return [{**old, **new, "params": old["params"]} for old, new in zip(groups, saved, strict=True)]
+    # How a state is kept is not what it is.
+    kept = ("params", "state_format")
+    return [{**old, **new, **{name: old[name] for name in kept}} for old, new in zip(groups, saved, strict=True)]
 
 
 def checked_state(
-    state_dict: Mapping[str, Any], groups: list[dict[str, Any]], ledger: Ledger, rule: Rule
+    state_dict: Mapping[str, Any],
+    groups: list[dict[str, Any]],
+    ledger: Ledger,
+    rule: Rule,
+    is_coded: Callable[[Lanes], bool],
 ) -> dict[Parameter, dict[str, Any]]:
-    """The entries of a state dict by parameter.
+    """The entries of a state dict by parameter; codes of 8 bits as floats for lanes that are not to have codes.
 
     Raises:
         ArgumentError: an entry is of another rule, or does not fit its parameter.
@@ -69,6 +76,8 @@ def checked_state(
                 lanes.check_entry(i, name, value)
         # A state of some weights is one of all weights where these are all that there are.
         out[p] = {"step": 1.0 if entry else 0.0, **{name: value for name, value in entry.items() if value is not None}}
+        if not is_coded(lanes):
+            out[p] = lanes.float_entry(i, out[p])
         if "index" not in lanes.lanes:
             out[p].pop("index", None)
     return out

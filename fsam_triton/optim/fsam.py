@@ -60,6 +60,9 @@ class FSAM(TwoPass, FusedOptimizer):
         gamma: ESAM's part of the batch for the second gradient, in (0, 1]; < 1 needs ``step(closure, batch)``, or
             `select_samples` in a loop of your own (default: 1.0).
         schedule: which steps are sharpness-aware, and with which rho (default: None, all of them with rho).
+        backup_format: how perturbed 16-bit weights are put back, to the bit in either case: None for a copy of the
+            clean weights, ``"8bit"`` for a count of steps of their type in one byte, so that a weight moves by at most
+            127 such steps (default: None).
         **options: the rule's own arguments, and weight_decay, l2_sp, anchors, maximize, max_grad_norm, master_weights,
             ema_decay, trainable, stochastic_rounding, flatten and seed, all as `FusedOptimizer` has them.
 
@@ -96,13 +99,15 @@ class FSAM(TwoPass, FusedOptimizer):
         beta_per: str = "element",
         gamma: float = 1.0,
         schedule: Schedule | None = None,
+        backup_format: str | None = None,
         **options: Any,
     ) -> None:
         check(0 <= alpha < float("inf"), "alpha", alpha, "must be >= 0 and finite")
         check(0 < gamma <= 1, "gamma", gamma, "must be in (0, 1]")
         self.alpha, self.gamma = alpha, gamma
         seed, rounds = options.get("seed", 0), options.get("stochastic_rounding", True)
-        self.ascent = Ascent(mask, mask_norm, beta, beta_per, seed, rounds, OtherParts(options.get("norm_group")))
+        others = OtherParts(options.get("norm_group"))
+        self.ascent = Ascent(mask, mask_norm, beta, beta_per, seed, rounds, others, backup_format)
         self._begin()
         of_group = {**radii.group_defaults(rho, schedule), "adaptive": adaptive, "ascents": 0}
         super().__init__(params, rule, lr, _of_group=of_group, **options)

@@ -15,7 +15,7 @@ from ..errors import check, warn
 from ..kernels.reference import compute_dtype
 from . import coefficients
 from . import rho as radii
-from .ascent import move
+from .ascent import check_backup_format, move
 from .clean import CleanView
 from .forward import ForwardWatch
 from .optimizer import FusedOptimizer
@@ -48,6 +48,7 @@ class MomentumSAM(FusedOptimizer):
         rho: length of the perturbation, >= 0 (group; default: 0.05).
         rule: ``"adamw"``, ``"lion"`` or ``"sgd"``, this with ``momentum`` > 0 (default: ``"adamw"``).
         schedule: when to perturb and how far; with ``every=1`` (default: None, always by rho).
+        backup_format: as FSAM.
         **options: the rule's own arguments, and weight_decay, l2_sp, anchors, maximize, max_grad_norm, master_weights,
             ema_decay, trainable, stochastic_rounding, flatten and seed, all as `FusedOptimizer` has them.
 
@@ -67,7 +68,7 @@ class MomentumSAM(FusedOptimizer):
         False
     """
 
-    _ARGUMENTS = FusedOptimizer._ARGUMENTS | {"_training"}
+    _ARGUMENTS = FusedOptimizer._ARGUMENTS | {"_training", "backup_format"}
 
     def __init__(
         self,
@@ -77,8 +78,11 @@ class MomentumSAM(FusedOptimizer):
         rho: float = 0.05,
         rule: str = "adamw",
         schedule: Schedule | None = None,
+        backup_format: str | None = None,
         **options: Any,
     ) -> None:
+        check_backup_format(backup_format)
+        self.backup_format = backup_format
         allowed = "must be None: a stage of a pipeline would wait in its first forward pass for those that follow it"
         check(options.get("norm_group") is None, "norm_group", options.get("norm_group"), allowed)
         self._training = True
@@ -186,6 +190,10 @@ class MomentumSAM(FusedOptimizer):
         out = [views[i] if p.requires_grad and self.state.get(p) else None for i, p in enumerate(lanes.params)]
         return out if any(view is not None for view in out) else []
 
+    def _scale(self, lanes: Lanes) -> Tensor | None:
+        """Of the momentum's codes, if it is kept in such."""
+        return lanes.lanes.get(f"{self.rule.lanes(lanes.groups[0])[0]}_scale")
+
     @uncompiled
     def perturb(self) -> None:
         """Perturb the parameters by hand, for the forward passes until `step`; does nothing while they are perturbed.
@@ -211,7 +219,7 @@ class MomentumSAM(FusedOptimizer):
         ]
         if not work:
             return
-        norms = ((lanes, ops.norm_sq(segments, False, None)) for lanes, segments in work)
+        norms = ((lanes, ops.norm_sq(segments, False, None, self._scale(lanes))) for lanes, segments in work)
         norm_sq = sum_over_shards(norms, self.ledger.home).double()
         schedule = self.schedule
         for lanes, segments in work:
@@ -222,7 +230,8 @@ class MomentumSAM(FusedOptimizer):
             own_norm_sq = norm_sq.to(lanes.device, non_blocking=True)
             about = lanes.about_members()
             coef, keys = ops.climb_coefficients(rows, about, lanes.steps, purpose, own_norm_sq, None, dtype)
-            move(lanes, segments, coef, keys, stochastic=self.stochastic_rounding)
+            formats = {"backup_format": self.backup_format, "scale": self._scale(lanes)}
+            move(lanes, segments, coef, keys, stochastic=self.stochastic_rounding, **formats)
         self.ledger.seal()
         self._was_perturbed = True
         self.clean_view.open(self.ledger)

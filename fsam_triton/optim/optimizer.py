@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 from .. import ops
 from ..buffers.flatten import flatten
-from ..buffers.lanes import Lanes, name_of
+from ..buffers.lanes import Lanes, can_be_coded, name_of
 from ..buffers.ledger import Ledger
-from ..buffers.sharded import OtherParts, check_placements, is_sharded, sum_over_shards
+from ..buffers.sharded import OtherParts, check_placements, check_shards_of_codes, is_sharded, sum_over_shards
 from ..errors import ArgumentError, check
 from ..kernels import spec
 from ..kernels.reference import compute_dtype
@@ -60,10 +60,12 @@ class Half:
     Attributes:
         lanes: whose.
         segments: of the launch of each of its passes.
+        steps: how far weights are from the clean ones, if that is known instead of these.
     """
 
     lanes: Lanes
     segments: Segments
+    steps: Tensor | None = None
 
     @property
     def active(self) -> list[bool]:
@@ -89,8 +91,13 @@ class FusedOptimizer(Optimizer):
         maximize: maximize the objective (group; default: False).
         max_grad_norm: clip the global gradient norm to this, > 0, as ``clip_grad_norm_`` does; a step whose norm is not
             finite is skipped altogether (default: None, no clipping).
+        state_format: how the rule's state is kept (group): ``"fp32"``; ``"bf16"``; ``"8bit"``, in codes of one byte
+            with a scale for 32 elements, for parameters of at least two dimensions whose rows (the elements of one
+            index of the first dimension) are whole groups of 32, and as without for all others, whatever their shards;
+            or None, bf16 for bf16 parameters without master weights, fp64 for fp64 ones, else fp32 (default: None).
         master_weights: keep of 16-bit parameters what rounding loses, and fp32 moments: the update is that of fp32
-            weights, whose rounding the parameters are (default: False).
+            weights, whose rounding the parameters are. ``"32bit"``, which is also True; or ``"24bit"``, for bf16
+            parameters, whose last bit is rounded stochastically (default: False).
         ema_decay: keep an exponential moving average of the clean weights, ``ema += (1 - ema_decay) * (w - ema)`` after
             each update, in [0, 1), for `ema_weights`. It begins at the weights before the first update, without bias
             correction: right for fine-tuning, where these are pre-trained weights. fp32 for 16-bit parameters, which
@@ -131,7 +138,8 @@ class FusedOptimizer(Optimizer):
         anchors: str | Mapping[str, Tensor] = "initial",
         maximize: bool = False,
         max_grad_norm: float | None = None,
-        master_weights: bool = False,
+        state_format: str | None = None,
+        master_weights: bool | str = False,
         ema_decay: float | None = None,
         trainable: FishMask | None = None,
         stochastic_rounding: bool = True,
@@ -150,6 +158,8 @@ class FusedOptimizer(Optimizer):
         check(known, "anchors", anchors, 'must be "initial" or a mapping')
         check(max_grad_norm is None or max_grad_norm > 0, "max_grad_norm", max_grad_norm, "must be > 0 or None")
         check(ema_decay is None or 0 <= ema_decay < 1, "ema_decay", ema_decay, "must be in [0, 1) or None")
+        known = master_weights in (False, True, "24bit", "32bit")
+        check(known, "master_weights", master_weights, 'must be False, True, "24bit" or "32bit"')
         check(not differentiable, "differentiable", differentiable, "must be False")
         self.rule = RULES[rule]
         unknown = hyper.keys() - self.rule.defaults.keys()
@@ -169,6 +179,7 @@ class FusedOptimizer(Optimizer):
             **hyper,
             "weight_decay": self.rule.weight_decay if weight_decay is None else weight_decay,
             "l2_sp": l2_sp,
+            "state_format": state_format,
             "maximize": maximize,
             "flatten": flatten,
             **(_of_group or {}),
@@ -205,6 +216,10 @@ class FusedOptimizer(Optimizer):
         else:
             check(is_finite(lr) and lr >= 0, "learning rate", lr, "must be a finite number >= 0")
         self.rule.check(group)
+        state_format, allowed = group["state_format"], (None, "fp32", "bf16", "8bit")
+        check(state_format in allowed, "state_format", state_format, f"must be one of {allowed}")
+        unmasked = self.trainable is None or state_format != "8bit"
+        check(unmasked, "state_format", state_format, "must be another one with trainable, whose state is small")
         for name in ("weight_decay", "l2_sp"):
             value = group[name]
             check(is_finite(value) and value >= 0, name, value, "must be a finite number >= 0")
@@ -222,8 +237,14 @@ class FusedOptimizer(Optimizer):
             check(plain, label, type(p.data).__name__, "must be a plain tensor")
             fits = p.is_floating_point() and p.element_size() >= 2 and p.layout == torch.strided and not p.is_meta
             check(fits, label, f"{p.dtype}, {p.layout}, {p.device}", "must be dense fp16, bf16, fp32 or fp64")
+            fits = p.dtype != torch.float64 or group["state_format"] is None
+            check(fits, "state_format", group["state_format"], f"must be None: {label} is fp64")
+            fits = p.dtype != torch.float16 or self.master_weights != "24bit"
+            check(fits, "master_weights", self.master_weights, f'must be "32bit": {label} is fp16')
             if is_sharded(p):
                 check_placements(label, p)
+                if self._format(group, i) == "8bit":
+                    check_shards_of_codes(label, p)
 
     def _check_anchors(self) -> None:
         """Refuse anchors that fit no parameter's name, or were meant for one that would decay to zero without."""
@@ -293,7 +314,8 @@ class FusedOptimizer(Optimizer):
         return anchor
 
     def _structure(self, group: Mapping[str, Any], i: int | None) -> Hashable:
-        return self.rule.lanes(group), self._is_anchored(group, i)
+        state_format = group["state_format"] if i is None else self._format(group, i)
+        return self.rule.lanes(group), self._is_anchored(group, i), state_format
 
     def _is_anchored(self, group: Mapping[str, Any], i: int | None) -> bool:
         given = i is not None and self.anchors != "initial"
@@ -365,19 +387,21 @@ class FusedOptimizer(Optimizer):
     def _prepared(self, lanes: Lanes, grads: list[Tensor | None]) -> Half:
         """The launches of an update; parameters that are perturbed and take no part are restored."""
         self._allocate(lanes)
-        clean = None
+        clean = steps = None
         # Those that are updated for the first time have the state of the beginning.
         lanes.begin([grad is not None for grad in grads], self.state)
         if lanes.perturbed is not None:
-            lanes.write("backup", [i for i in lanes.perturbed.which() if grads[i] is None])
+            lanes.restore([i for i in lanes.perturbed.which() if grads[i] is None])
         weights = lanes.weights()
-        if lanes.perturbed is not None:
+        if lanes.perturbed is not None and lanes.counts_steps:
+            steps = lanes.lanes["backup"]
+        elif lanes.perturbed is not None:
             backup, moved = lanes.views("backup"), lanes.perturbed.active
             clean = backup
             if not all(moved):
                 clean = [backup[i] if moved[i] else weight for i, weight in enumerate(weights)]
         other = self._second_gradients(lanes, grads)
-        return Half(lanes, lanes.segments(grads, weight=weights, clean=clean, other=other, half="descent"))
+        return Half(lanes, lanes.segments(grads, weight=weights, clean=clean, other=other, half="descent"), steps)
 
     def _collect(self) -> Found:
         """All lanes in which a parameter has a gradient, with the gradients."""
@@ -396,19 +420,39 @@ class FusedOptimizer(Optimizer):
         return Direction(measured=self._sum(work, lambda segments: ops.norm_sq(segments, False, None)))
 
     def _allocate(self, lanes: Lanes, fill: bool = True) -> None:
-        narrow = lanes.dtype == torch.bfloat16 and not self.master_weights
-        # fp16 cannot hold squares of gradients: its moments are fp32 always.
-        dtype = torch.bfloat16 if narrow else compute_dtype(lanes.dtype)
-        for name in self.rule.lanes(lanes.groups[0]):
-            lanes.lane(name, dtype)
+        group = lanes.groups[0]
+        if self._is_coded(lanes):
+            for name in self.rule.lanes(group):
+                lanes.lane(name, torch.int8 if spec.CODED[name] else torch.uint8)
+                lanes.lane(f"{name}_scale", torch.bfloat16)
+        else:
+            for name in self.rule.lanes(group):
+                lanes.lane(name, self._state_dtype(group["state_format"], lanes.dtype))
         if self.master_weights and lanes.dtype in _REMAINDER:
-            lanes.lane("remainder", _REMAINDER[lanes.dtype])
+            lanes.lane("remainder", torch.int8 if self.master_weights == "24bit" else _REMAINDER[lanes.dtype])
         if self.ema_decay is not None:
             is_new = "ema" not in lanes.lanes
             lanes.lane("ema", compute_dtype(lanes.dtype))
             if is_new and fill:
                 for i in range(len(lanes)):
                     lanes.views("ema")[i].copy_(lanes.exact(i))
+
+    def _state_dtype(self, state_format: str | None, dtype: torch.dtype) -> torch.dtype:
+        """The type of the state of weights of a type, unless it is codes."""
+        if state_format == "bf16":
+            return torch.bfloat16
+        # fp16 cannot hold squares of gradients: its moments are fp32.
+        narrow = dtype == torch.bfloat16 and not self.master_weights and state_format != "fp32"
+        return torch.bfloat16 if narrow else compute_dtype(dtype)
+
+    @staticmethod
+    def _format(group: Mapping[str, Any], i: int) -> str | None:
+        """The format of the state of a group's parameter."""
+        wanted = group["state_format"]
+        return None if wanted == "8bit" and not can_be_coded(group["params"][i].shape) else wanted
+
+    def _is_coded(self, lanes: Lanes) -> bool:
+        return self._format(lanes.groups[0], lanes.members[0].position) == "8bit"
 
     def _second_gradients(self, lanes: Lanes, grads: list[Tensor | None]) -> Sequence[Tensor | None] | None:
         """The second gradients of `Direction`, if the coming update has them."""
@@ -419,7 +463,9 @@ class FusedOptimizer(Optimizer):
         orthogonal = lanes.lane("orthogonal", lanes.dtype) if direction.combined == "kept" else None
         coef, key = self._coefficients(lanes, active, direction)
         lane = lanes.lanes.get
-        state = [lanes.lanes[name] for name in self.rule.lanes(lanes.groups[0])]
+        names = self.rule.lanes(lanes.groups[0])
+        state = [lanes.lanes[name] for name in names]
+        scales = [lanes.lanes[f"{name}_scale"] for name in names if lanes.is_coded(name)]
         ops.descend_(
             half.segments,
             state,
@@ -431,6 +477,8 @@ class FusedOptimizer(Optimizer):
             key,
             self.rule.name,
             self.stochastic_rounding,
+            scales,
+            half.steps,
         )
         lanes.written(active)
 
@@ -573,7 +621,7 @@ class FusedOptimizer(Optimizer):
         for group in groups:
             self._check_group(group)
         self.ledger.refresh(self.param_groups, self.state)
-        state = checked_state(state_dict, self.param_groups, self.ledger, self.rule)
+        state = checked_state(state_dict, self.param_groups, self.ledger, self.rule, self._is_coded)
         unused = {"ema"} if self.ema_decay is None else set()
         unused |= set() if self.master_weights else {"remainder"}
         state = {p: {n: value for n, value in entry.items() if n not in unused} for p, entry in state.items()}
@@ -591,6 +639,21 @@ class FusedOptimizer(Optimizer):
         self.ledger.refresh(self.param_groups, self.state)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    @torch.no_grad()
+    def float_state_dict(self) -> dict[str, Any]:
+        """`state_dict` with the state of ``state_format="8bit"`` as fp32: what torch.optim's optimizers load.
+
+        Codes that are loaded again become the same ones only to within their rounding; `state_dict` resumes to the bit.
+        """
+        out = self.state_dict()
+        numbers = [number for group in out["param_groups"] for number in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, params, strict=True):
+            if (place := self.ledger.place(p)) is not None and number in out["state"]:
+                lanes, i = place
+                out["state"][number] = lanes.float_entry(i, out["state"][number])
+        return out
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_ema("copying or pickling the optimizer")
