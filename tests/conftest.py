@@ -1,7 +1,37 @@
-"""What tests of optimizers share."""
+"""What all tests share."""
+
+import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.objects import freeze_objects
+
+
+@pytest.fixture(scope="module", autouse=True)
+def objects_of_before_are_frozen():
+    """None of them is a model of this file's."""
+    freeze_objects()
+    frozen, count = gc.get_freeze_count(), gc.get_freeze_count
+    with pytest.MonkeyPatch.context() as patch:
+        # What a test freezes itself.
+        patch.setattr(gc, "get_freeze_count", lambda: max(count() - frozen, 0))
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Nothing of ten thousand tests is garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fsam_triton.kernels import build
+from tests.objects import freeze_objects
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -52,6 +53,7 @@ def eager_passes() -> Iterator[None]:
 
 def _call(rank: int, worker, n: int, folder: Path, *arguments) -> None:
     torch.set_num_threads(1)
+    freeze_objects()
     # To load what builds and loads the C++ takes each process two seconds.
     build.available = lambda: False
     timeout = datetime.timedelta(seconds=120)

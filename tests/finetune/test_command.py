@@ -143,7 +143,7 @@ def test_all_types_of_the_fsam_code_train_the_packaged_model(reviews, tmp_path):
         "max_seq_length": 32,
         "per_device_train_batch_size": 8,
         "learning_rate": 5e-4,
-        "max_steps": 20,
+        "max_steps": 10,
         "mask_iter_e": 5,
         "output_dir": tmp_path / "out",
     }
@@ -154,5 +154,5 @@ def test_all_types_of_the_fsam_code_train_the_packaged_model(reviews, tmp_path):
     runs = results(tmp_path)["runs"]
     assert [run["name"] for run in runs] == [SAM_TYPES[sam_type] for sam_type in recipes.SAM_TYPES]
     for run in runs:
-        assert len(run["losses"]) == 20
+        assert len(run["losses"]) == 10
         assert statistics.mean(run["losses"][-5:]) < statistics.mean(run["losses"][:5]), run["name"]

@@ -249,9 +249,10 @@ LOAD = """
 import sys
 sys.modules["fsam_triton"] = sys.modules["triton"] = None
 import torch
-model = torch.load(sys.argv[1], weights_only=False)
-model(torch.ones(2, 4)).sum().backward()
-torch.save([p.detach() for p in model.parameters()], sys.argv[1])
+for path in sys.argv[1:]:
+    model = torch.load(path, weights_only=False)
+    model(torch.ones(2, 4)).sum().backward()
+    torch.save([p.detach() for p in model.parameters()], path)
 """
 TRAINED_BY = {
     "fsam": FSAM,
@@ -262,20 +263,32 @@ TRAINED_BY = {
 }
 
 
-@pytest.mark.parametrize("make", TRAINED_BY.values(), ids=TRAINED_BY.keys())
-def test_trained_model_that_is_pickled_whole_loads_where_this_package_is_not(make, tmp_path):
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-    optimizer = make(model.parameters())
-    for _ in range(3):
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory) -> dict[str, tuple[nn.Module, list[Tensor]]]:
+    """Models that were trained and pickled whole, and the weights that another process has loaded."""
+    folder, models, optimizers = tmp_path_factory.mktemp("pickled"), {}, []
+    for i, (name, make) in enumerate(TRAINED_BY.items()):
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        optimizer = make(model.parameters())
+        for _ in range(3):
 
-        def closure():
-            optimizer.zero_grad()
-            loss = model(torch.ones(2, 4)).square().sum()
-            loss.backward()
-            return loss
+            def closure(model=model, optimizer=optimizer):
+                optimizer.zero_grad()
+                loss = model(torch.ones(2, 4)).square().sum()
+                loss.backward()
+                return loss
 
-        optimizer.step(closure)
-    # The optimizer is alive, and the last loop ended without a word to it.
-    torch.save(model, tmp_path / "model.pt")
-    subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "model.pt")], check=True, timeout=240)
-    assert_unchanged(model, torch.load(tmp_path / "model.pt"))
+            optimizer.step(closure)
+        # The optimizer is alive, and the last loop ended without a word to it.
+        optimizers.append(optimizer)
+        torch.save(model, folder / f"{i}.pt")
+        models[name] = model, folder / f"{i}.pt"
+    paths = [str(path) for _, path in models.values()]
+    subprocess.run([sys.executable, "-c", LOAD, *paths], check=True, timeout=240)
+    return {name: (model, torch.load(path)) for name, (model, path) in models.items()}
+
+
+@pytest.mark.parametrize("name", TRAINED_BY)
+def test_trained_model_that_is_pickled_whole_loads_where_this_package_is_not(name, loaded):
+    model, weights = loaded[name]
+    assert_unchanged(model, weights)

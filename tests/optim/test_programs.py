@@ -1,8 +1,5 @@
 """Training programs drawn by hypothesis do what the fp64 reference does, and their copies do the same to the bit."""
 
-import gc
-import importlib
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 
@@ -15,13 +12,9 @@ pytestmark = pytest.mark.usefixtures("one_thread", "quick")
 
 @pytest.fixture(scope="module")
 def quick():
-    """Passes as plain PyTorch, of which other tests say that C++ changes no bit; few objects for the collector."""
-    # Imported by the first step, and then in sight of `gc.get_objects`.
-    importlib.import_module("torch._dynamo")
-    gc.freeze()
+    """Passes as plain PyTorch, of which other tests say that C++ changes no bit."""
     with eager_passes():
         yield
-    gc.unfreeze()
 
 
 @pytest.mark.filterwarnings("ignore:.*has taken 5 steps")

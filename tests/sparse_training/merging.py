@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fsam_triton import FSAM, AdamWL2SP, FishMask, MomentumSAM, SparseMerger, WorkerError
 from fsam_triton.kernels import build
 from fsam_triton.kernels.reference import split
+from tests.objects import freeze_objects
 from tests.processes import eager_passes, start
 
 LOCAL_STEPS, STEPS, KEEP = 3, 14, 0.3
@@ -177,6 +178,7 @@ def spawn(worker, n: int, folder, *arguments) -> list[dict]:
 
 def _call(rank: int, worker, n: int, folder, *arguments) -> None:
     torch.set_num_threads(1)
+    freeze_objects()
     # To load what builds and loads the C++ takes each process two seconds.
     build.available = lambda: False
     connect(rank, n, folder, seconds=120)
