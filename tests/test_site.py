@@ -17,6 +17,18 @@ def test_every_page_is_once_in_the_navigation():
     assert sorted(named) == sorted(pages)
 
 
+def test_code_of_the_pages_fits_beside_the_navigation():
+    """128 columns on a screen of 1280 pixels, by docs/stylesheets/site.css."""
+    too_long = [
+        (page.name, line)
+        for page in (ROOT / "docs").rglob("*.md")
+        for block in re.findall(r"^```.*\n((?:.*\n)*?)```$", page.read_text(encoding="utf-8"), re.M)
+        for line in block.splitlines()
+        if len(line) > 128
+    ]
+    assert too_long == []
+
+
 def test_links_of_the_readme_lead_somewhere():
     """Those of the pages are checked by the build."""
     links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
