@@ -28,7 +28,7 @@ struct KeyOf<int64_t, double> {
 };
 
 // Elements that are looked at together: if none of them counts, that is found out at the speed of memory.
-constexpr int64_t GROUP = 64;
+constexpr int64_t TOGETHER = 64;
 // Counts of neighbours go to different tables: one cannot be added to again at once.
 constexpr int TABLES = 8, BINS = 256;
 
@@ -41,9 +41,9 @@ void digit_histogram(const T* values, int64_t n, int64_t prefix, int shift, int 
     // The last bin is for keys of another prefix.
     int64_t own[TABLES * (BINS + 1)] = {};
 #pragma omp for schedule(static)
-    for (int64_t start = 0; start < n; start += GROUP) {
-      const int size = int(smaller(GROUP, n - start));
-      int bins[GROUP], same = 0;
+    for (int64_t start = 0; start < n; start += TOGETHER) {
+      const int size = int(smaller(TOGETHER, n - start));
+      int bins[TOGETHER], same = 0;
       for (int i = 0; i < size; i++) {
         const Key key = KeyOf<Key, T>::of(values[start + i]);
         const int agrees = (key >> shift >> bits) == above;
