@@ -122,6 +122,13 @@ def sam(kind: str, folder: Path, rho: float = 0.1, **arguments):
     return trainer
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_telemetry():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trl.trainer.base_trainer._BaseTrainer, "_send_telemetry", lambda self: None)
+        yield
+
+
 def plain(kind: str, folder: Path, **arguments):
     trainer = make(kind, folder, **arguments)
     trainer.train()
