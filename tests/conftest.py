@@ -10,13 +10,14 @@ from tests.objects import freeze_objects
 
 
 @pytest.fixture(scope="module", autouse=True)
-def objects_of_before_are_frozen():
-    """None of them is a model of this file's."""
+def objects_of_before_are_frozen() -> Iterator[None]:
+    """None of them is a model of this file's. Tests see whether they have frozen others themselves."""
     freeze_objects()
-    frozen, count = gc.get_freeze_count(), gc.get_freeze_count
+    frozen, freeze, unfreeze = [], gc.freeze, gc.unfreeze
     with pytest.MonkeyPatch.context() as patch:
-        # What a test freezes itself.
-        patch.setattr(gc, "get_freeze_count", lambda: max(count() - frozen, 0))
+        patch.setattr(gc, "freeze", lambda: frozen.append(True) or freeze())
+        patch.setattr(gc, "unfreeze", lambda: frozen.clear() or unfreeze())
+        patch.setattr(gc, "get_freeze_count", lambda: len(frozen))
         yield
 
 
