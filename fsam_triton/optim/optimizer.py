@@ -126,6 +126,8 @@ class FusedOptimizer(Optimizer):
     # torch.amp.GradScaler then always calls `step` and passes `grad_scale` and `found_inf`, so that a step with an
     # overflow is skipped on the device, after the restore.
     _step_supports_amp_scaling = True
+    # Whether modules' parameters were ever in a group.
+    _has_parameters = False
 
     def __init__(
         self,
@@ -206,6 +208,7 @@ class FusedOptimizer(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+        self._has_parameters |= any(isinstance(p, Parameter) for p in group["params"])
         if group["flatten"] and self.trainable is None:
             flatten([p for p in group["params"] if p.requires_grad and not is_sharded(p)])
 
@@ -417,6 +420,11 @@ class FusedOptimizer(Optimizer):
         """What to make of the gradients; unscaling and clipping come on top."""
         if self.max_grad_norm is None or not work:
             return Direction()
+        if self._has_parameters and not any(isinstance(p, Parameter) for half in work for p in half.lanes.params):
+            raise RuntimeError(
+                "max_grad_norm: the parameters in the optimizer's groups were replaced by tensors that are none (as "
+                "DeepSpeed does), of which this process may have a part: have the wrapper clip (gradient_clipping)"
+            )
         return Direction(measured=self._sum(work, lambda segments: ops.norm_sq(segments, False, None)))
 
     def _allocate(self, lanes: Lanes, fill: bool = True) -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fsam_triton import FSAM, SAM, AdamWL2SP, MomentumSAM
+from fsam_triton.optim.optimizer import FusedOptimizer
 from tests.reference import Problem
 
 SHARP = {
@@ -104,3 +105,22 @@ def test_without_a_radius_the_update_of_replaced_parameters_is_adamws(make):
     optimizer.step()
     adamw.step()
     assert torch.equal(flat, expected)
+
+
+@pytest.mark.parametrize("kind", [FSAM, AdamWL2SP])
+def test_clipping_of_replaced_parameters_which_may_be_a_part_of_them_is_refused(kind):
+    model = square()
+    optimizer = kind(model.parameters(), max_grad_norm=1.0, **({"rho": 0.0} if kind is FSAM else {}))
+    flat = replaced(optimizer)
+    before = flat.detach().clone()
+    with pytest.raises(RuntimeError, match=r"max_grad_norm: .*gradient_clipping"):
+        optimizer.step()
+    assert torch.equal(flat, before)
+
+
+def test_tensors_that_never_were_parameters_are_clipped():
+    p = torch.ones(3, requires_grad=True)
+    optimizer = FusedOptimizer([p], "sgd", lr=1.0, weight_decay=0.0, max_grad_norm=1.0)
+    p.grad = torch.tensor([0.0, 3.0, 4.0])
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([1.0, 0.4, 0.2]), rtol=0, atol=1e-6)
