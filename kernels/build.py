@@ -46,7 +46,7 @@ def _structure(name: str, element: str, columns: tuple[str, ...]) -> str:
 
 def prelude() -> str:
     """What C++ takes from `spec`: constants, a row of a table, rows of coefficients."""
-    integers = {name: getattr(spec, name) for name in ("CHUNK", "ALIGN", "GROUP")}
+    integers = {name: getattr(spec, name) for name in ("CHUNK", "ALIGN", "GROUP", "SIGNED_LEVELS", "UNSIGNED_LEVELS")}
     words = {name: getattr(spec, name) for name in ("WEYL", "MIX", "STEP")}
     words |= {f"MIX{i}": factor for i, factor in enumerate(spec.MIXES)}
     return "".join(
@@ -54,7 +54,7 @@ def prelude() -> str:
             "#include <cstdint>\n",
             *(f"constexpr int64_t {name} = {value};\n" for name, value in integers.items()),
             *(f"constexpr uint32_t {name} = {value}u;\n" for name, value in words.items()),
-            f"constexpr float LARGE = {float(spec.LARGE).hex()}f;\n",
+            *(f"constexpr float {name} = {float(getattr(spec, name)).hex()}f;\n" for name in ("LARGE", "SMALLEST")),
             *(f"constexpr int COMBINED_{name.upper()} = {i};\n" for i, name in enumerate(spec.COMBINED)),
             _structure("Segment", "int64_t", spec.TABLE),
             _structure("Member", "int64_t", spec.MEMBER),

@@ -2,13 +2,15 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from . import spec
 from .rounding import narrow, quotient, widen
 
 _GROUP = tl.constexpr(spec.GROUP)
-_TINY = tl.constexpr(spec.TINY)
-_LARGE = tl.constexpr(spec.LARGE)
+_SMALLEST = tl.constexpr(spec.SMALLEST)
+_SIGNED, _UNSIGNED = tl.constexpr(float(spec.SIGNED_LEVELS)), tl.constexpr(float(spec.UNSIGNED_LEVELS))
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
@@ -16,87 +18,96 @@ def load_codes(codes_ptr, scale_ptr, place, offs, inside):
     """The moments, fp32, of a lane's codes place + offs; see `formats.decode`. place is a multiple of the group."""
     codes = tl.load(codes_ptr + offs, mask=inside, other=None if inside is None else 0)
     scale = tl.load(scale_ptr + place // _GROUP + offs // _GROUP, mask=inside, other=None if inside is None else 0.0)
-    scale = widen(scale, tl.float32)
+    root, unit = codes.to(tl.float32), widen(scale, tl.float32)
+    square = root * tl.abs(root)
     if codes.dtype == tl.int8:
-        root = codes.to(tl.float32) * (1 / 127)
-        return root * tl.abs(root) * scale
+        return square * (unit * (1.0 / _SIGNED))
     else:
-        root = codes.to(tl.float32) * (1 / 255)
-        square = root * root
-        return square * square * scale
+        return square * square * (unit * (1.0 / _UNSIGNED))
 
 
 @triton.jit
-def store_codes(codes_ptr, scale_ptr, place, offs, inside, x, noise, SIZE: tl.constexpr):
+def store_codes(codes_ptr, scale_ptr, place, first, offs, left, x, noise, WHOLE: tl.constexpr, SIZE: tl.constexpr):
     """Store moments as codes and scales; see `formats.encode`.
 
     Args:
         codes_ptr: to the block's first code, int8 for first moments, uint8 for second ones.
         scale_ptr: to the lane's first scale.
-        place, offs, inside: as for `load_codes`; offs are SIZE elements in groups.
+        place: of the block in the lane.
+        first, offs: the first of SIZE elements of the block, and all of them.
+        left: how many the block has.
         x: fp32 [SIZE], finite.
-        noise: `rounding` of the codes, int32: 1/2 or random, in 2**-15.
+        noise: what rounds the codes, int32: 1/2 or random, in 2**-15.
+        WHOLE: whether all elements are there.
     """
+    groups: tl.constexpr = SIZE // _GROUP
+    inside = None if WHOLE else offs < left
     size = tl.abs(x)
-    if inside is not None:
+    if not WHOLE:
         size = tl.where(inside, size, 0.0)
-    groups = tl.reshape(size, [SIZE // _GROUP, _GROUP])
-    largest = tl.max(groups, 1, keep_dims=True)
+    largest = tl.max(tl.reshape(size, [groups, _GROUP]), 1, keep_dims=True)
     bits = (largest.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000
     scale = tl.minimum(bits, 0x7F7F0000).to(tl.float32, bitcast=True)
-    scale = tl.where(scale >= _TINY, scale, 0.0)
-    inverse = quotient(tl.full(scale.shape, 1.0, tl.float32), scale)
-    scale = tl.reshape(tl.broadcast_to(scale, [SIZE // _GROUP, _GROUP]), [SIZE])
-    inverse = tl.reshape(tl.broadcast_to(inverse, [SIZE // _GROUP, _GROUP]), [SIZE])
-    root = tl.sqrt(size * inverse)
-    if codes_ptr.dtype.element_ty == tl.int8:
-        level = root * 127.0
-        level = tl.where(x < 0, -level, level) + 384.0
-        code = (level.to(tl.int32, bitcast=True) + noise) >> 15
-        # The highest bit, which stands for 128, and those above it fall off.
-        code ^= 0x80
+    scale = tl.where(scale >= _SMALLEST, scale, 0.0)
+    is_signed: tl.constexpr = codes_ptr.dtype.element_ty == tl.int8
+    inverse = quotient(tl.full(scale.shape, _SIGNED if is_signed else _UNSIGNED, tl.float32), scale)
+    inverse = tl.reshape(tl.broadcast_to(inverse, [groups, _GROUP]), [SIZE])
+    level = root(size * inverse)
+    if is_signed:
+        sign = x.to(tl.int32, bitcast=True) & -0x80000000
+        level = (level.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True) + 384.0
+        # 128 stands for 0.
+        code = (level.to(tl.int32, bitcast=True) + noise - (128 << 15)) >> 15
     else:
-        level = tl.sqrt(root) * 255.0 + 256.0
-        code = ((level.to(tl.int32, bitcast=True) + noise) >> 15) & 0xFF
-        code = tl.maximum(code, (x > 0).to(tl.int32))
+        level = tl.maximum(root(level), 1.0) + 256.0
+        code = (level.to(tl.int32, bitcast=True) + noise) >> 15
     tl.store(codes_ptr + offs, code.to(codes_ptr.dtype.element_ty), mask=inside)
-    first = offs % _GROUP == 0
-    if inside is not None:
-        first = first & inside
-    tl.store(scale_ptr + place // _GROUP + offs // _GROUP, narrow(scale, tl.bfloat16), mask=first)
+    row = first // _GROUP + tl.arange(0, groups)[:, None]
+    tl.store(scale_ptr + place // _GROUP + row, narrow(scale, tl.bfloat16), mask=None if WHOLE else row * _GROUP < left)
+
+
+@triton.jit
+def root(x):
+    """The square root; in machine code with an error of 1 ulp, and 0 of subnormal numbers."""
+    if _INTERPRETED:
+        return tl.sqrt(x)
+    else:
+        return libdevice.sqrt(x)
 
 
 @triton.jit
 def noise_of(bits, i: tl.constexpr):
-    """How codes of lane i are rounded: by byte i of 16 random bits, in the middle of its range."""
-    return ((bits >> (8 * i) & 0xFF) << 7 | 0x40).to(tl.int32)
+    """How codes of lane i are rounded: by one of 32 random bits' bytes, of which the highest is for the weight."""
+    return ((bits >> (9 - 8 * i) & 0x7F80) | 0x40).to(tl.int32)
 
 
 @triton.jit
 def ordered(weight):
-    """16-bit floats as int32 in the order of the numbers."""
-    bits = weight.to(tl.int16, bitcast=True).to(tl.int32)
-    return bits ^ ((bits >> 15) & 0x7FFF)
+    """16-bit floats as int32 in the order of the numbers, which differ by multiples of 2**16."""
+    bits = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return bits ^ ((bits >> 31) & 0x7FFF0000)
 
 
 @triton.jit
 def unordered(order, dtype: tl.constexpr):
     """The inverse of `ordered`."""
-    return (order ^ ((order >> 15) & 0x7FFF)).to(tl.int16).to(dtype, bitcast=True)
+    return ((order ^ ((order >> 31) & 0x7FFF0000)) >> 16).to(tl.int16).to(dtype, bitcast=True)
 
 
 @triton.jit
 def displace(weight, target):
     """Weights moved to `target` by at most 127 steps, and the steps, int8; see `formats.displace`."""
     before = ordered(weight)
-    moved = tl.minimum(tl.maximum(ordered(target) - before, -127), 127)
-    return unordered(before + moved, weight.dtype), moved.to(tl.int8)
+    # A difference can need 33 bits.
+    moved = (ordered(target) >> 16) - (before >> 16)
+    moved = tl.minimum(tl.maximum(moved, -127), 127)
+    return unordered(before + (moved << 16), weight.dtype), moved.to(tl.int8)
 
 
 @triton.jit
 def replace(weight, steps):
     """The inverse of `displace`."""
-    return unordered(ordered(weight) - steps.to(tl.int32), weight.dtype)
+    return unordered(ordered(weight) - (steps.to(tl.int32) << 16), weight.dtype)
 
 
 @triton.jit
@@ -120,11 +131,9 @@ def split(master, dtype: tl.constexpr, remainder_dtype: tl.constexpr, random):
     """
     bits = master.to(tl.int32, bitcast=True)
     if remainder_dtype == tl.int8:
-        kept = (bits + tl.where(tl.abs(master) < _LARGE, random, 0x80)) & -0x100
-        high = (kept + 0x8000) & -0x10000
-        is_number = master == master
-        weight = (tl.where(is_number, high, bits) >> 16).to(tl.int16).to(dtype, bitcast=True)
-        return weight, tl.where(is_number, (kept - high) >> 8, 0).to(tl.int8)
+        kept = bits + random
+        weight = (tl.where(master == master, kept + 0x8000, bits) >> 16).to(tl.int16).to(dtype, bitcast=True)
+        return weight, (kept >> 8).to(tl.int8)
     else:
         weight = narrow(master, dtype)
         lost = bits - widen(weight, tl.float32).to(tl.int32, bitcast=True)

@@ -106,16 +106,15 @@ def _block(
         state_ptr = pointer(state_ptrs[i], place, WHOLE)
         if scale_ptrs is not None:
             # The third lane is a maximum, which would creep upwards.
-            noise = noise_of(v_half, i) if STOCHASTIC and i < 2 else 0x4000
-            store_codes(state_ptr, scale_ptrs[i], place, offs, inside, new, noise, SIZE)
+            noise = noise_of(bits, i) if STOCHASTIC and i < 2 else 0x4000
+            store_codes(state_ptr, scale_ptrs[i], place, first, offs, left, new, noise, WHOLE, SIZE)
         else:
             # Second moments, which grow by less than a 16-bit step at a time.
             new = round_to(new, v_half, state_ptrs[i].dtype.element_ty, STOCHASTIC and RULE == "adamw" and i > 0)
             tl.store(state_ptr + offs, new, mask=inside)
     if remainder_ptr is not None:
-        stored, remainder = split(
-            w, dtype, remainder_ptr.dtype.element_ty, (w_half >> 8).to(tl.int32) if STOCHASTIC else 0x80
-        )
+        random = (bits >> 24).to(tl.int32) if STOCHASTIC else 0x80
+        stored, remainder = split(w, dtype, remainder_ptr.dtype.element_ty, random)
         tl.store(pointer(remainder_ptr, place, WHOLE) + offs, remainder, mask=inside)
     else:
         stored = round_to(w, w_half, dtype, STOCHASTIC)

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from . import spec
 
-_SIGNED_LEVELS, _UNSIGNED_LEVELS = 127, 255
-
 
 def _bits(x: Tensor) -> Tensor:
     return x.view(torch.int32)
@@ -42,20 +40,20 @@ def split(master: Tensor, weight: Tensor, remainder: Tensor, random: Tensor | No
     """Write fp32 master weights as their rounding to nearest and what that lost; see `combine`.
 
     32 bits are kept exactly, except that half a step of bf16 upwards (1 of 65,536 remainders) is kept as one fp32 step
-    less. Of 24 bits (an int8 remainder) the last is rounded, up with a probability of what is cut off if there are
-    `random` bits; halves of a step of bf16 are rounded away from zero then, so that every remainder has its place.
+    less. Of 24 bits (an int8 remainder) the last is rounded, away from zero with a probability of what is cut off if
+    there are `random` bits; halves of a step of bf16 are rounded away from zero then, so that every remainder has its
+    place. That of a NaN has no meaning.
     """
     if remainder.dtype != torch.int8:
         weight.copy_(master)
         lost = _bits(master) - _bits(weight.float())
         remainder.copy_(lost.clamp(max=32767) if remainder.dtype == torch.int16 else lost)
         return
-    noise = 0x80 if random is None else torch.where(master.abs() < spec.LARGE, random, 0x80)
-    kept = (_bits(master) + noise) & -0x100
+    kept = _bits(master) + (0x80 if random is None else random)
     high = (kept + 0x8000) & -0x10000
-    is_number = ~master.isnan()
-    weight.copy_(torch.where(is_number, high.view(torch.float32), master))
-    remainder.copy_(torch.where(is_number, (kept - high) >> 8, 0))
+    weight.copy_(torch.where(master.isnan(), master, high.view(torch.float32)))
+    # The byte after those of the weight, which has been rounded up if the byte's sign is set.
+    remainder.copy_((kept << 16 >> 24).to(torch.int8))
 
 
 # -- moments -----------------------------------------------------------------------------------------------------------
@@ -65,10 +63,10 @@ def encode(x: Tensor, signed: bool, random: Tensor | None = None) -> tuple[Tenso
     """Moments as codes of 8 bits with a scale for each `spec.GROUP` elements.
 
     A scale is the largest magnitude of its group, rounded up to bf16. Of what is left, in [0, 1], the code counts the
-    square root in 127ths, with the sign (first moments), or the fourth root in 255ths (second moments, for which every
-    element that is not zero gets a code that is not zero: dividing by the root of too small a number is what must not
-    happen). Roots give small elements of a group a share of the codes: on the moments of a real model the update is
-    closer to that of fp32 moments than with other published codes of 8 bits (docs/memory.md).
+    square root in 127ths, with the sign (first moments), or the fourth root in 255ths, at least one of them (second
+    moments: an update is divided by the root of one, which must not be taken for zero). Roots give small elements of a
+    group a share of the codes: on the moments of a real model the update is closer to that of fp32 moments than with
+    other published codes of 8 bits (docs/memory.md).
 
     Rounding at random keeps moments from standing still where an update is less than a step. It is right on the average
     of the roots: a second moment with code k is then too large by about 1 / k**2 of itself in each update. With beta2 =
@@ -80,37 +78,31 @@ def encode(x: Tensor, signed: bool, random: Tensor | None = None) -> tuple[Tenso
         random: whether to round up with a probability of what is cut off.
 
     Returns:
-        int8 or uint8 [n], and bf16 [ceil(n / spec.GROUP)]; groups below 2**-126 are zero.
+        int8 or uint8 [n], and bf16 [ceil(n / spec.GROUP)], which is 0 for groups below `spec.SMALLEST`.
     """
     groups = torch.nn.functional.pad(x, (0, -len(x) % spec.GROUP)).view(-1, spec.GROUP)
     size = groups.abs()
     largest = (_bits(size.amax(1)) + 0xFFFF) & -0x10000
     scale = largest.clamp(max=0x7F7F0000).view(torch.float32)
-    scale = torch.where(scale >= spec.TINY, scale, 0.0)
-    inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+    scale = torch.where(scale >= spec.SMALLEST, scale, 0.0)
+    levels = float(spec.SIGNED_LEVELS if signed else spec.UNSIGNED_LEVELS)
+    inverse = torch.where(scale > 0, levels / scale, 0.0)
     root = (size * inverse[:, None]).sqrt()
-    if signed:
-        level = root * _SIGNED_LEVELS
-        level = torch.where(groups < 0, -level, level) + 384.0
-    else:
-        level = root.sqrt() * _UNSIGNED_LEVELS + 256.0
+    level = torch.where(groups < 0, -root, root) + 384.0 if signed else root.sqrt().clamp(min=1.0) + 256.0
     # Between 256 and 512 a number has 8 bits before the point that count, and 15 after it.
     noise = 0x4000 if random is None else (random << 7) | 0x40
     code = (_bits(level.view(-1)[: len(x)]) + noise >> 15) & 0xFF
-    if signed:
-        return (code - 128).to(torch.int8), scale.bfloat16()
-    return torch.maximum(code, (x > 0).to(torch.int32)).to(torch.uint8), scale.bfloat16()
+    codes = (code - 128).to(torch.int8) if signed else code.to(torch.uint8)
+    return codes, scale.bfloat16()
 
 
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
     """The moments, fp32 [n], of codes [n] and scales; see `encode`. int8 codes are of first moments."""
-    wide = scale.float().repeat_interleave(spec.GROUP)[: len(codes)]
-    if codes.dtype == torch.int8:
-        root = codes.float() * (1 / _SIGNED_LEVELS)
-        return root * root.abs() * wide
-    root = codes.float() * (1 / _UNSIGNED_LEVELS)
-    square = root * root
-    return square * square * wide
+    is_signed, root = codes.dtype == torch.int8, codes.float()
+    unit = scale.float() * (1.0 / (spec.SIGNED_LEVELS if is_signed else spec.UNSIGNED_LEVELS))
+    square = root * root.abs()
+    power = square if is_signed else square * square
+    return power * unit.repeat_interleave(spec.GROUP)[: len(codes)]
 
 
 # -- backups -----------------------------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def _descend_(
     for i, (lane, new, old) in enumerate(zip(state, new_state, old_state, strict=True)):
         new = torch.where(update, new, old)
         if scales:
-            codes, scale = encode(new, lane.dtype == torch.int8, _byte(bits, i))
+            codes, scale = encode(new, lane.dtype == torch.int8, _byte(bits, i + 1))
             lane.copy_(codes)
             scales[i].copy_(scale)
             continue
@@ -227,7 +227,7 @@ def _descend_(
             new = stochastic_round(new, low_half(bits), lane.dtype)
         lane.copy_(new)
     if remainder is not None:
-        split(w, weight, remainder, None if bits is None else high_half(bits) >> 8 & 0xFF)
+        split(w, weight, remainder, _byte(bits, 0))
     else:
         rounds = bits is not None and weight.element_size() == 2
         weight.copy_(stochastic_round(w, high_half(bits), weight.dtype) if rounds else w)
@@ -238,8 +238,11 @@ def _descend_(
 
 
 def _byte(bits: Tensor | None, i: int) -> Tensor | None:
-    """The random bits of lane i in 8 bits: the third, a maximum, is rounded to nearest, for it would creep upwards."""
-    return None if bits is None or i > 1 else low_half(bits) >> 8 * i & 0xFF
+    """8 of 32 random bits: the first of 24-bit master weights, others of the first two lanes in codes.
+
+    The third lane, a maximum, is rounded to nearest: it would creep upwards.
+    """
+    return None if bits is None or i > 2 else bits >> 24 - 8 * i & 0xFF
 
 
 def _named(columns: Sequence[str], coef: Tensor) -> SimpleNamespace:

@@ -11,8 +11,10 @@ ALIGN = 32
 
 # Elements that share a scale where moments have 8 bits.
 GROUP = 32
-# The smallest normal fp32 number.
-TINY = 2.0**-126
+# Where the largest of them is smaller, all are zero.
+SMALLEST = 2.0**-90
+# What codes count: 127ths of the square root of first moments, 255ths of the fourth root of second ones.
+SIGNED_LEVELS, UNSIGNED_LEVELS = 127**2, 255**4
 
 # Columns of a segment table, int64 [segments, len(TABLE)]; see `segments.Segments`.
 #   offset, length: of the segment in the lanes; a length of 0 means that it takes no part in this launch

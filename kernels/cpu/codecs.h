@@ -8,34 +8,45 @@
 // The scale of a group whose largest magnitude has these bits: rounded up to bf16; 0 below the normal numbers.
 inline float scale_of(uint32_t largest) {
   const uint32_t up = (largest + 0xFFFFu) & 0xFFFF0000u;
-  return float_of((up < 0x7F7F0000u ? up : 0x7F7F0000u) & -uint32_t(up >= 0x00800000u));
+  return float_of((up < 0x7F7F0000u ? up : 0x7F7F0000u) & -uint32_t(up >= bits_of(SMALLEST)));
 }
 
-// Codes of first moments.
-inline float decoded(int8_t code, float scale) {
-  const float root = float(code) * (1.0f / 127);
-  return root * absolute(root) * scale;
+// What the codes of a lane count: of first moments, and of second ones.
+constexpr double levels_of(int8_t) { return SIGNED_LEVELS; }
+constexpr double levels_of(uint8_t) { return UNSIGNED_LEVELS; }
+
+// What codes are multiplied with, and what moments are.
+template <typename S>
+inline float unit_of(S, float scale) {
+  return scale * float(1 / levels_of(S()));
+}
+template <typename S>
+inline float inverse_of(S, float scale) {
+  return scale > 0 ? float(levels_of(S())) / scale : 0;
+}
+
+inline float decoded(int8_t code, float unit) {
+  const float root = code;
+  return root * absolute(root) * unit;
 }
 inline void encode(int8_t& code, float x, float inverse, uint32_t noise) {
-  const float level = square_root(absolute(x) * inverse) * 127.0f;
+  const float level = square_root(absolute(x) * inverse);
   const float centred = float_of(bits_of(level) | (bits_of(x) & 0x80000000u)) + 384.0f;
   code = int8_t(((bits_of(centred) + noise) >> 15) ^ 0x80u);
 }
 
-// Codes of second moments.
-inline float decoded(uint8_t code, float scale) {
-  const float root = float(code) * (1.0f / 255), square = root * root;
-  return square * square * scale;
+inline float decoded(uint8_t code, float unit) {
+  const float root = code, square = root * root;
+  return square * square * unit;
 }
 inline void encode(uint8_t& code, float x, float inverse, uint32_t noise) {
-  const float level = square_root(square_root(absolute(x) * inverse)) * 255.0f + 256.0f;
-  const uint32_t nearest = ((bits_of(level) + noise) >> 15) & 0xFFu;
-  code = uint8_t(nearest | uint32_t((nearest == 0) & (x > 0)));
+  const float level = square_root(square_root(absolute(x) * inverse));
+  code = uint8_t((bits_of(choose(level > 1, level, 1.0f) + 256.0f) + noise) >> 15);
 }
 
 constexpr uint32_t TO_NEAREST = 0x4000;
-// Rounds a code of lane i by one byte of 16 random bits.
-inline uint32_t noise_of(int32_t low_half, int i) { return (uint32_t(low_half) >> (8 * i) & 0xFFu) << 7 | 0x40u; }
+// Rounds a code of lane i by one of 32 random bits' bytes, of which the highest is for the weight.
+inline uint32_t noise_of(uint32_t bits, int i) { return (bits >> (16 - 8 * i) & 0xFFu) << 7 | 0x40u; }
 
 // -- backups ----------------------------------------------------------------------------------------------------------
 
@@ -89,11 +100,9 @@ inline void split(float master, BF16& weight, int16_t& remainder, uint32_t) {
   remainder = int16_t(lost < 32767 ? lost : 32767);
 }
 inline void split(float master, BF16& weight, int8_t& remainder, uint32_t random) {
-  const uint32_t bits = bits_of(master), is_number = -uint32_t(master == master);
-  const uint32_t kept = (bits + choose(absolute(master) < LARGE, random, 0x80u)) & ~0xFFu;
-  const uint32_t high = (kept + 0x8000u) & 0xFFFF0000u;
-  weight.bits = uint16_t(((high & is_number) | (bits & ~is_number)) >> 16);
-  remainder = int8_t(int32_t((kept - high) & is_number) >> 8);
+  const uint32_t kept = bits_of(master) + random;
+  weight.bits = uint16_t(choose(master == master, kept + 0x8000u, bits_of(master)) >> 16);
+  remainder = int8_t(kept >> 8);
 }
 inline void split(float master, FP16& weight, int32_t& remainder, uint32_t) {
   store(weight, master);

@@ -25,12 +25,12 @@ inline void store_codes(S* codes, BF16& scale, const Group<C>& group, int i, int
     const uint32_t one = magnitude(float(group.state[i][j]));
     largest = one > largest ? one : largest;
   }
-  const float wide = scale_of(largest), inverse = wide > 0 ? 1 / wide : 0;
+  const float wide = scale_of(largest), inverse = inverse_of(S(), wide);
   scale.bits = uint16_t(bits_of(wide) >> 16);
   IN_ANY_ORDER
   for (int j = 0; j < size; j++)
     encode(codes[j], float(group.state[i][j]), inverse,
-           stochastic ? noise_of(low_half(group.bits[j]), i) : TO_NEAREST);
+           stochastic ? noise_of(group.bits[j], i) : TO_NEAREST);
 }
 
 // g <- factor * g + other * other_grad, w, state <- rule(w, g, state), ema <- ema + rate * (w - ema); see
@@ -106,16 +106,16 @@ void descend(const Segment* segments, int64_t count, int threads, S* state0, U* 
     if constexpr (OPTIONS.coded) {
       for (int64_t first = start; first < stop; first += GROUP, place += GROUP * WEYL) {
         const int64_t row = first / GROUP;
-        const float wide0 = widened(own_scale0[row]);
-        const float wide1 = OPTIONS.lanes > 1 ? widened(own_scale1[row]) : 0;
-        const float wide2 = OPTIONS.lanes > 2 ? widened(own_scale2[row]) : 0;
+        const float unit0 = unit_of(S(), widened(own_scale0[row]));
+        const float unit1 = OPTIONS.lanes > 1 ? unit_of(U(), widened(own_scale1[row])) : 0;
+        const float unit2 = OPTIONS.lanes > 2 ? unit_of(U(), widened(own_scale2[row])) : 0;
         Group<C> group;
         const auto element = [&](int j) __attribute__((always_inline)) {
           const int64_t i = first + j;
           const uint32_t bits = random_bits(place + j * WEYL);
-          C state[3] = {C(decoded(lane0[i], wide0)), C(0), C(0)};
-          if (OPTIONS.lanes > 1) state[1] = C(decoded(lane1[i], wide1));
-          if (OPTIONS.lanes > 2) state[2] = C(decoded(lane2[i], wide2));
+          C state[3] = {C(decoded(lane0[i], unit0)), C(0), C(0)};
+          if (OPTIONS.lanes > 1) state[1] = C(decoded(lane1[i], unit1));
+          if (OPTIONS.lanes > 2) state[2] = C(decoded(lane2[i], unit2));
           update(i, bits, state);
           for (int k = 0; k < OPTIONS.lanes; k++) group.state[k][j] = state[k];
           group.bits[j] = bits;

@@ -57,7 +57,7 @@ void norm_sq(const Segment* segments, int64_t count, int threads, const uint32_t
     C lanes[LANES] = {};
     each_in_lanes(start, stop, [&](int64_t i, int lane, int64_t word) {
       C x;
-      if constexpr (OPTIONS.coded) x = decoded(grad[i], widened(own_scales[word]));
+      if constexpr (OPTIONS.coded) x = decoded(grad[i], unit_of(G(), widened(own_scales[word])));
       else x = widened(grad[i]);
       if (OPTIONS.adaptive) x *= C(widened(weight[i]));
       // Zero times an inf or NaN is NaN: what is not finite shows, masked or not.

@@ -82,7 +82,8 @@ void perturb(const Segment* segments, int64_t count, int threads, B* backup, con
         // A word or a scale after the other: with their length known, loops take half the time.
         for (int64_t i = start; i < end; i += 32, place += 32 * WEYL) {
           const uint32_t word = OPTIONS.masked ? words[i / 32] : 0;
-          const float of_codes = OPTIONS.coded ? widened(own_scales[i / 32]) : 0;
+          float of_codes = 0;
+          if constexpr (OPTIONS.coded) of_codes = unit_of(G(), widened(own_scales[i / 32]));
           if (i + 32 <= end) {
             IN_ANY_ORDER
             for (int bit = 0; bit < 32; bit++) move(i + bit, word, of_codes, bit, place + bit * WEYL);

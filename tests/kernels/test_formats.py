@@ -53,22 +53,22 @@ def test_codes_are_the_nearest_ones_of_the_roots(signed):
     codes, scale = formats.encode(x, signed)
     assert torch.equal(scale.double(), scale_in_fp64(x))
     level = levels(x, scale.double(), signed)
-    # An fp32 root of an fp32 quotient: a few ulp of 255; and second moments have no zeros but zeros.
+    # An fp32 root of an fp32 quotient: a few ulp of 255. The codes of second moments begin at 1.
     expected_error = 0.5 + 255 * 4 * 2.0**-24 + 2.0**-15
-    lifted = (codes == 1) & (level < 0.5) & (x > 0)
+    lifted = (codes == 1) & (level < 0.5)
     assert (codes.double() - level).abs()[~lifted | signed].max() <= expected_error
-    assert torch.equal(codes == 0, x == 0) or signed
+    assert signed or (codes > 0).all()
 
 
 @both
 def test_every_code_is_decoded_as_defined(signed):
     codes = torch.arange(-127, 128, dtype=torch.int8) if signed else torch.arange(256, dtype=torch.int32).byte()
-    for scale in (1.0, 2.0**-90, 1.375 * 2.0**60):
+    for scale in (1.0, 2.0**-80, 1.375 * 2.0**60):
         scales = torch.full((math.ceil(len(codes) / spec.GROUP),), scale, dtype=torch.bfloat16)
         ratio = codes.double() / (127 if signed else 255)
         expected = scales[0].double() * (ratio * ratio.abs() if signed else ratio**4)
-        # A relative error of 2**-24 by each rounding, which squares double: (2 * (1 + 1) + 1) + 1, and once more.
-        roundings = 6 if signed else 12
+        # A relative error of 2**-24 by each rounding: of the levels, of the unit, and of products that are not exact.
+        roundings = 3 if signed else 4
         decoded = formats.decode(codes, scales).double()
         torch.testing.assert_close(decoded, expected, rtol=roundings * 2.0**-24, atol=0.0)
 
@@ -112,8 +112,6 @@ def test_random_rounding_is_right_on_the_average_and_never_a_step_off(signed):
     total = torch.zeros_like(level)
     for byte in range(256):
         codes, _ = formats.encode(x, signed, torch.full((len(x),), byte, dtype=torch.int32))
-        if not signed:
-            codes = torch.where((codes == 1) & (level < 1), 1, codes)
         assert ((codes.double() - level).abs() < 1 + 1e-3)[signed | (level >= 1)].all()
         total += codes
     # The bytes are 256 of all probabilities, in the middle of their ranges.
@@ -121,27 +119,24 @@ def test_random_rounding_is_right_on_the_average_and_never_a_step_off(signed):
     assert (total / 256 - level).abs()[exact].max() <= 0.5 / 256 + 1e-3
 
 
-def test_second_moments_that_are_not_zero_never_become_zero():
+def test_second_moments_beside_larger_ones_never_become_zero():
     x = torch.zeros(64)
-    x[0], x[1], x[33] = 1.0, 1e-30, 5e-38
+    x[0], x[1], x[33] = 1.0, 1e-30, 1e-26
     for random in (None, bytes_of(64, 1), torch.zeros(64, dtype=torch.int32)):
         codes, scale = formats.encode(x, False, random)
-        assert torch.equal(codes > 0, x > 0)
-        decoded = formats.decode(codes, scale)
-        assert decoded[1] > 0
-        assert decoded[33] > 0
+        assert (formats.decode(codes, scale) > 0).all()
 
 
 @both
 def test_largest_and_smallest_numbers(signed):
     x = torch.zeros(4 * spec.GROUP)
-    x[0], x[spec.GROUP], x[2 * spec.GROUP] = torch.finfo(torch.float32).max, 2.0**-126, 2.0**-127
+    x[0], x[spec.GROUP], x[2 * spec.GROUP] = torch.finfo(torch.float32).max, spec.SMALLEST, spec.SMALLEST / 2
     codes, scale = formats.encode(x, signed)
     decoded = formats.decode(codes, scale)
     assert decoded.isfinite().all()
     assert decoded[0] == pytest.approx(float(x[0]), rel=0.01)
-    assert decoded[spec.GROUP] == pytest.approx(2.0**-126, rel=0.02)
-    # Below the normal numbers, and nothing.
+    assert decoded[spec.GROUP] == pytest.approx(spec.SMALLEST, rel=0.02)
+    # Too small, and nothing.
     assert not decoded[2 * spec.GROUP :].any()
 
 
@@ -220,8 +215,9 @@ def test_24_bits_are_rounded_to_one_of_two_neighbours_with_the_right_probabiliti
 
 
 def test_what_is_not_a_number_stays_so():
-    master = torch.tensor([float("nan"), float("inf"), float("-inf"), torch.finfo(torch.float32).max])
-    weight, remainder = torch.empty(4, dtype=torch.bfloat16), torch.empty(4, dtype=torch.int8)
-    formats.split(master, weight, remainder, torch.full((4,), 255, dtype=torch.int32))
-    assert_same_bits(weight, torch.tensor([float("nan"), float("inf"), float("-inf"), float("inf")]).bfloat16())
-    assert_same_bits(formats.combine(weight, remainder)[:3], master[:3])
+    canonical = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    master = torch.cat((torch.tensor([float("nan"), float("inf"), float("-inf")]), canonical))
+    weight, remainder = torch.empty(5, dtype=torch.bfloat16), torch.empty(5, dtype=torch.int8)
+    formats.split(master, weight, remainder, torch.full((5,), 255, dtype=torch.int32))
+    assert_same_bits(weight, master.bfloat16())
+    assert_same_bits(formats.combine(weight, remainder), master)
