@@ -42,6 +42,7 @@ class Plan:
         self.offsets: list[int] = self.template[:, _COLUMN["offset"]].tolist()
         self.size, self.blocks, self.chunks = (int(c.sum()) for c in (padded, self._blocks_of, self._chunks_of))
         self._maps: dict[str, Tensor] = {}
+        self._alone: dict[int, Plan] = {}
 
     def segment_of(self, what: str) -> Tensor:
         """The segment of each of the "blocks" or "chunks", int32 on the device; made when first asked for."""
@@ -50,6 +51,15 @@ class Plan:
             host = torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int32), counts))
             self._maps[what] = upload(host, self.device)
         return self._maps[what]
+
+    def only(self, i: int) -> Plan:
+        """The same lanes with programs for segment i alone, for launches in which no other takes part."""
+        if i not in self._alone:
+            plan = Plan([n if j == i else 0 for j, n in enumerate(self.lengths)], self.device)
+            plan.template[:, _COLUMN["offset"]] = self.template[:, _COLUMN["offset"]]
+            plan.offsets, plan.size = self.offsets, self.size
+            self._alone[i] = plan
+        return self._alone[i]
 
     def part(self, lane: Tensor, i: int) -> Tensor:
         """Segment i's elements of a lane, flat."""

@@ -250,6 +250,10 @@ class Lanes:
             self._grads_alike = alike(grads)
         return out
 
+    def gradient(self, i: int) -> Tensor:
+        """Parameter i's gradient, which is there; see `gradients`."""
+        return self._like_weights(i, self._grads()[i])
+
     def check_layout(self, i: int, grad: Tensor) -> None:
         """Raise a RuntimeError if a gradient is sparse."""
         if grad.layout != torch.strided:
@@ -283,14 +287,16 @@ class Lanes:
         clean: Sequence[Tensor] | None = None,
         other: Sequence[Tensor | None] | None = None,
         half: str,
+        only: int | None = None,
     ) -> Segments:
-        """The launch of passes over the parameters that have one of `grads`.
+        """The launch of passes over the parameters that have one of `grads`, or over one of them `only`.
 
         Its table is sent to the device again only if it is not that of the last passes of the same `half` of a step.
         """
         weight = self.weights() if weight is None else weight
         uploaded = self._uploaded.setdefault(half, Uploaded())
-        return Segments(self.plan, weight, grads, clean=clean, other=other, uploaded=uploaded, known=self._known)
+        plan = self.plan if only is None else self.plan.only(only)
+        return Segments(plan, weight, grads, clean=clean, other=other, uploaded=uploaded, known=self._known)
 
     def flags(self, active: Sequence[bool]) -> Tensor:
         """Whether each parameter is active, bool on the device."""
@@ -728,6 +734,11 @@ class Perturbed:
     def _left(self, i: int, now: Tensor) -> Tensor:
         out = torch.empty(0, dtype=self.lanes.dtype, device=self.lanes.device)
         return out.set_(self._storages[i], self._offsets[i], now.shape, self._strides[i])
+
+    def release(self, i: int) -> None:
+        """Parameter i has been updated, and is perturbed no more."""
+        self.active[i] = False
+        self._versions[i] = self.lanes.versions()[i]
 
     def put_back(self) -> None:
         """Put back the clean weights, to the bit, after `settle`."""

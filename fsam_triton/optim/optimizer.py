@@ -25,6 +25,7 @@ from ..masks.trained import FishMask
 from . import coefficients
 from .anchors import misnamed
 from .checkpoint import checked_groups, checked_state
+from .release import GradientRelease
 from .rules import RULES, is_finite
 from .uncompiled import add_param_group, state_dict, uncompiled, zero_grad
 
@@ -387,13 +388,13 @@ class FusedOptimizer(Optimizer):
                 lanes.perturbed.put_back()
             lanes.perturbed = None
 
-    def _prepared(self, lanes: Lanes, grads: list[Tensor | None]) -> Half:
-        """The launches of an update; parameters that are perturbed and take no part are restored."""
+    def _prepared(self, lanes: Lanes, grads: list[Tensor | None], only: int | None = None) -> Half:
+        """The launches of an update, of one parameter or of all; then those that take no part are restored."""
         self._allocate(lanes)
         clean = steps = None
         # Those that are updated for the first time have the state of the beginning.
         lanes.begin([grad is not None for grad in grads], self.state)
-        if lanes.perturbed is not None:
+        if lanes.perturbed is not None and only is None:
             lanes.restore([i for i in lanes.perturbed.which() if grads[i] is None])
         weights = lanes.weights()
         if lanes.perturbed is not None and lanes.counts_steps:
@@ -404,7 +405,51 @@ class FusedOptimizer(Optimizer):
             if not all(moved):
                 clean = [backup[i] if moved[i] else weight for i, weight in enumerate(weights)]
         other = self._second_gradients(lanes, grads)
-        return Half(lanes, lanes.segments(grads, weight=weights, clean=clean, other=other, half="descent"), steps)
+        half = "descent" if only is None else f"descent of {only}"
+        segments = lanes.segments(grads, weight=weights, clean=clean, other=other, half=half, only=only)
+        return Half(lanes, segments, steps)
+
+    def release_gradients(self) -> GradientRelease:
+        """Update each parameter in the backward pass, as soon as its gradient is there, and free the gradient.
+
+        No more than a few gradients are in memory at once. The result is that of `step` to the bit, which must still be
+        called after each backward pass and leaves no more to do. Learning rates are those at the backward pass.
+
+        Returns:
+            A handle, whose `remove` leaves gradients to `step` again.
+
+        Raises:
+            ArgumentError: with ``max_grad_norm`` or ``trainable``, which need all gradients at once.
+            RuntimeError: the optimizer has two passes, or another process has a part of the gradients (DDP); and in a
+                backward pass, where a gradient comes twice before a step, as in gradient accumulation. A GradScaler
+                finds no gradients, and says so.
+        """
+        return GradientRelease(self)
+
+    def update_one(self, p: Tensor, follow: bool) -> None:
+        """Apply the rule to one parameter that has a gradient.
+
+        Args:
+            p: the parameter.
+            follow: whether groups and state may have been edited since the last update.
+        """
+        self._refuse_inside_ema("a step")
+        if follow:
+            self.ledger.refresh(self.param_groups, self.state)
+            self.ledger.settle()
+            if self.ledger.shares:
+                raise RuntimeError(
+                    "parameters that share memory cannot be updated one by one: leave gradients to step()"
+                )
+        if (place := self.ledger.place(p)) is None:
+            return
+        lanes, i = place
+        grads: list[Tensor | None] = [None] * len(lanes)
+        grads[i] = lanes.gradient(i)
+        half = self._prepared(lanes, grads, only=i)
+        self._descend(half, Direction())
+        if lanes.perturbed is not None:
+            lanes.perturbed.release(i)
 
     def _collect(self) -> Found:
         """All lanes in which a parameter has a gradient, with the gradients."""
