@@ -86,7 +86,8 @@ def encode(x: Tensor, signed: bool, random: Tensor | None = None) -> tuple[Tenso
     scale = largest.clamp(max=0x7F7F0000).view(torch.float32)
     scale = torch.where(scale >= spec.SMALLEST, scale, 0.0)
     levels = float(spec.SIGNED_LEVELS if signed else spec.UNSIGNED_LEVELS)
-    inverse = torch.where(scale > 0, levels / scale, 0.0)
+    # A number divided by a tensor is multiplied with its reciprocal.
+    inverse = torch.where(scale > 0, torch.full_like(scale, levels) / scale, 0.0)
     root = (size * inverse[:, None]).sqrt()
     level = torch.where(groups < 0, -root, root) + 384.0 if signed else root.sqrt().clamp(min=1.0) + 256.0
     # Between 256 and 512 a number has 8 bits before the point that count, and 15 after it.
@@ -115,8 +116,9 @@ def ordered(weight: Tensor) -> Tensor:
 
 
 def unordered(order: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `ordered`."""
-    return (order ^ ((order >> 15) & 0x7FFF)).to(torch.int16).view(dtype)
+    """The inverse of `ordered`; of other integers, that of their lower 16 bits."""
+    order = order.to(torch.int16)
+    return (order ^ ((order >> 15) & 0x7FFF)).view(dtype)
 
 
 def displace(weight: Tensor, target: Tensor, steps: Tensor) -> None:

@@ -57,7 +57,8 @@ inline int32_t ordered(T weight) {
   return bits ^ (bits >> 15 & 0x7FFF);
 }
 template <typename T>
-inline T unordered(int32_t order) {
+inline T unordered(int32_t any) {
+  const int32_t order = int16_t(any);
   return T{uint16_t(order ^ (order >> 15 & 0x7FFF))};
 }
 
