@@ -1,12 +1,16 @@
 """What all tests share."""
 
 import gc
+import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.objects import freeze_objects
+
+INTEGRATION = Path(__file__).parent / "integration"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,6 +33,15 @@ def pytest_collection() -> Iterator[None]:
         return (yield)
     finally:
         gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What a first check leaves out: other libraries, and all but the first and the last case of each test."""
+    cases = itertools.groupby(items, lambda item: (item.path, getattr(item, "originalname", item.name)))
+    for (path, _), of_one in cases:
+        of_one = list(of_one)
+        for item in of_one if path.is_relative_to(INTEGRATION) else of_one[1:-1]:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_sessionfinish() -> None:

@@ -99,6 +99,7 @@ def test_no_text_is_in_two_parts(task):
 SMALL = Setting("BBC news", 20, 1, ADAMW, 1e-4, 0.0, 1, "test", batch_size=4, max_seq_length=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "passes"), [(ADAMW, 5), ("SAM", 10), ("tail-SAM, 0.2", 6)])
 def test_passes_over_the_model_are_counted(task, method, passes):
     setting = replace(SMALL, method=method, strength=METHODS[method].grid[0])
@@ -114,6 +115,7 @@ def test_run_has_collapsed_if_it_is_not_a_margin_above_the_most_frequent_label(t
     assert task.run(SMALL)["collapsed"] is collapsed
 
 
+@pytest.mark.slow
 def test_runs_of_one_seed_begin_with_the_same_head_and_see_the_same_texts_in_the_same_order(task, monkeypatch):
     seen = {}
     for method in (ADAMW, "SAM"):

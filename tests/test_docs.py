@@ -58,7 +58,7 @@ def test_example_of_a_page_runs(block):
 def test_continuous_integration_runs_the_test_command_of_the_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     command = re.search(r"<!-- test command -->\n```bash\n(.*)\n```", readme)[1]
-    assert command == "pip install -e '.[test]' && pytest -n 2 --dist loadfile"
+    assert command == "pip install -e '.[test]' && pytest -n 2 --dist loadfile --no-loadscope-reorder"
     assert "<!-- test command -->" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 

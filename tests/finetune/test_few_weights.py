@@ -20,6 +20,7 @@ def logits(model, tiny_bert):
         return model.eval()(**batch).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["fish", "random", "bitfit"])
 @pytest.mark.parametrize("sam_type", ["none", "sam", "momentum-sam"])
 def test_adapter_reloads_with_the_logits_of_the_whole_model(options, tiny_bert, tmp_path, trainable, sam_type):
@@ -100,6 +101,7 @@ def run_with_torchrun(options, *more):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_two_workers_merge_what_they_train_and_the_first_reports(options, tmp_path):
     mask = ["--trainable", "random", "--keep_ratio", "0.3", "--sam_type", "sam", "--rho", "0.01"]
     lengths = ["--max_steps", "-1", "--num_train_epochs", "10", "--per_device_train_batch_size", "8"]

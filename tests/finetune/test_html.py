@@ -95,6 +95,7 @@ def made(tiny_bert, tmp_path_factory):
     return Made(argv, folder, printed.getvalue(), progress.getvalue(), path, Page(path.read_text(encoding="utf-8")))
 
 
+@pytest.mark.slow
 def test_page_refers_to_nothing_outside_itself(made):
     for tag, attributes in made.page.elements:
         assert tag not in ("script", "iframe", "object", "embed", "base")

@@ -180,6 +180,7 @@ def test_predicted_occupancy_is_that_of_llvm(target, one):
     assert warps == waves * limit.schedulers
 
 
+@pytest.mark.slow
 def test_committed_report_is_of_this_code():
     """As far as sm_90 was compiled for here."""
     report = codegen.RESULTS.read_text(encoding="utf-8")

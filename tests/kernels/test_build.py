@@ -15,6 +15,7 @@ import torch
 from fsam_triton.kernels import build, cpu, reference
 from fsam_triton.kernels.segments import Plan, Segments
 
+pytestmark = pytest.mark.slow
 needs_compiler = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
 
 # Two passes in a new process, C++ against reference, and what else is to be seen there.

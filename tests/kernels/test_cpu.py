@@ -120,6 +120,7 @@ assert len(made) == 2 and all((buffer[n:] == 5).all() for n, buffer in made)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [spec.CHUNK // 8, spec.CHUNK * 4])
 def test_the_size_of_a_chunk_is_written_once(chunk):
     """C++ takes it from `spec`, as the buffers of its sums do: where they differed, it would write past their end."""
@@ -164,6 +165,7 @@ def instances(dtype: str):
                 yield "descend", types, dict(zip(names, (len(lanes), *options), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("g++" not in build.compiler()[0], reason="g++ says what it has vectorised")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_loops_are_vectorized(dtype, monkeypatch, tmp_path):

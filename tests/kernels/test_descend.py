@@ -283,6 +283,7 @@ def test_average_of_a_coordinate_with_a_non_finite_gradient_follows_its_old_weig
 # -- several tensors ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_many_small_tensors_are_updated_once_each(kernels):
     sizes = np.random.default_rng(1).integers(0, 200, 100).tolist()
     launch = descend_launch("adamw", "bf16", shapes=[*[(n,) for n in sizes], (4, 3)], anchor=True)

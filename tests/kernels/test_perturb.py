@@ -49,6 +49,7 @@ def test_kernel_equals_the_reference_for_any_bit_pattern(kernels, dtype, stochas
     assert_as_the_reference(perturb, launch, kernels)
 
 
+@pytest.mark.slow
 def test_many_small_tensors_are_perturbed_once_each(kernels):
     sizes = torch.randint(0, 200, (100,), generator=torch.Generator().manual_seed(1)).tolist()
     assert_as_the_reference(perturb, perturb_launch("bf16", shapes=[*[(n,) for n in sizes], (4, 3)]), kernels)

@@ -143,6 +143,7 @@ def test_value_on_the_grid_stays_for_every_random_number(stochastic_round, dtype
         assert torch.equal(rounded.float(), values)
 
 
+@pytest.mark.slow
 @narrow
 def test_mean_over_all_random_numbers_is_the_value(stochastic_round, dtype):
     """The chance of rounding up is a multiple of the noise's spacing, so it is wrong by half of that at the most."""

@@ -288,6 +288,7 @@ def loaded(tmp_path_factory) -> dict[str, tuple[nn.Module, list[Tensor]]]:
     return {name: (model, torch.load(path)) for name, (model, path) in models.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED_BY)
 def test_trained_model_that_is_pickled_whole_loads_where_this_package_is_not(name, loaded):
     model, weights = loaded[name]

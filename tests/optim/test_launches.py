@@ -238,6 +238,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[11], CASES[17]], ids=lambda case: case.name)
 def test_launches_are_the_same_however_many_tensors_and_groups(case):
     found = set()

@@ -68,6 +68,7 @@ def test_model_and_its_parts_cannot_be_copied_while_perturbed(duplicate, moment)
     duplicate((model, optimizer))
 
 
+@pytest.mark.slow
 def test_model_saved_as_a_whole_after_a_step_is_loaded_without_this_package(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     optimizer = MomentumSAM(model.parameters(), rho=4.0)

@@ -181,6 +181,7 @@ def test_state_dict_of_the_compiled_wrapper_shows_clean_weights():
     optimizer.restore()
 
 
+@pytest.mark.slow
 def test_training_of_a_compiled_model_prints_no_warning(tmp_path):
     """torch warns of hooks that see both its wrapper and the model, which is as it should be."""
     code = """

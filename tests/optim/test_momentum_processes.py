@@ -28,6 +28,7 @@ class Normalised(Dataset):
             return self.part(self.transform(torch.full((4,), i / 8)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_modules_in_the_workers_of_a_data_loader_do_what_they_do_here(start):
     model = Net()
@@ -62,6 +63,7 @@ def train_under_ddp(rank: int, n: int, folder) -> list:
     return [perturbed, *weights_of(model)]
 
 
+@pytest.mark.slow
 def test_ddp_trains_to_the_bits_of_one_process(tmp_path):
     """Both ranks see the same batch, and the mean of two equal gradients is exact."""
     model = Net()

@@ -257,6 +257,7 @@ def test_stochastic_rounding_realises_a_perturbation_below_half_an_ulp(dtype, ma
     assert abs(moved - size) < 5 * torch.finfo(dtype).eps * (15 / 256 / n) ** 0.5
 
 
+@pytest.mark.slow
 def test_perturbation_is_rho_long_where_moment_and_gradient_cancel():
     """m + 0.1 (g - m) with g = -9 m: what is left of the moment is rounding noise, of any length."""
     u = torch.finfo(torch.float32).eps / 2
@@ -305,6 +306,7 @@ def test_clean_weights_over_a_hundred_steps_equal_two_explicit_passes_to_the_bit
         train(model, optimizer, 1, problem=problem, start=step)
 
 
+@pytest.mark.slow
 def test_momentum_sam_equals_its_reference_in_the_interpreter():
     selection = (
         "(test_perturbation_after_the_first_step and plain)"

@@ -17,6 +17,7 @@ def quick():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has taken 5 steps")
 @pytest.mark.parametrize(("kind", "count"), [("AdamWL2SP", 200), ("FSAM", 500), ("MomentumSAM", 400)])
 def test_programs_equal_the_reference_and_their_copies(kind, count):

@@ -59,6 +59,7 @@ SELECTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("files", "selection", "least"), SELECTIONS.values(), ids=SELECTIONS.keys())
 def test_optimizers_equal_their_references_in_the_interpreter(files, selection, least):
     command = [sys.executable, "-m", "pytest", *(f"tests/{file}" for file in files.split()), "-k", selection]

@@ -24,7 +24,7 @@ from tests.sparse_training.merging import (
 )
 from tests.training import assert_same_bits
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
