@@ -112,6 +112,27 @@ def _check_together(arguments):
             arguments.mixes and selects,
             "mixup with an esam type needs --gamma 1: rows are mixed with rows of the whole batch",
         ),
+        (
+            arguments.release_gradients and not {"none", "momentum-sam"}.issuperset(arguments.sam_type),
+            "--release_gradients needs --sam_type none or momentum-sam: two passes need their gradients",
+        ),
+        (
+            arguments.release_gradients and (arguments.max_grad_norm or arguments.gradient_accumulation_steps > 1),
+            "--release_gradients needs --max_grad_norm 0 and --gradient_accumulation_steps 1: gradients are not kept",
+        ),
+        (
+            arguments.master_weights and arguments.dtype == "float32",
+            "--master_weights needs --dtype bfloat16: float32 weights lose nothing",
+        ),
+        (
+            arguments.save_delta and arguments.dtype != "float32",
+            "--save_delta needs --dtype float32: the weights that are not trained would be rounded",
+        ),
+        (arguments.backup_format and arguments.dtype == "float32", "--backup_format needs --dtype bfloat16"),
+        (
+            arguments.state_format == "8bit" and not arguments.trains_all,
+            "--state_format 8bit and --trainable exclude each other: the state of few weights is small",
+        ),
         (arguments.sam_reuse > 0 and arguments.sam_every == 1, "--sam_reuse needs --sam_every > 1"),
         (arguments.sam_reuse > 0 and by_tensor, "--sam_reuse with an esam type needs --beta_per element"),
         (arguments.rho_min > 0 and not arguments.rho_follows, "--rho_min needs --rho_follows"),

@@ -18,6 +18,9 @@ OPTION_OF = {meaning.argument: meaning.option for meaning in MEANINGS} | {
     "weight_decay": "weight_decay",
     "l2_sp": "l2_sp",
     "ema_decay": "ema_decay",
+    "max_grad_norm": "max_grad_norm",
+    "state_format": "state_format",
+    "master_weights": "master_weights",
 }
 # The same for `Mixup`.
 MIXUP_OPTION_OF = {
@@ -66,21 +69,30 @@ def build_optimizer(arguments, sam_type, model, novel, total_steps, trainable=No
         "seed": arguments.seed,
         "ema_decay": arguments.ema_decay,
         "trainable": trainable,
+        "state_format": arguments.state_format,
+        "master_weights": arguments.master_weights or False,
     }
     if arguments.l2_sp:
         keywords["anchors"] = {n: p.detach().clone() for n, p in model.named_parameters() if n not in novel}
     with naming_options():
-        if sam_type == "none":
-            return AdamWL2SP(groups, **keywords)
-        keywords |= arguments.of(FSAM, sam_type)
-        keywords["schedule"] = build_schedule(arguments, sam_type, total_steps)
-        if sam_type == "momentum-sam":
-            return MomentumSAM(groups, **keywords)
-        if sam_type == "asam":
-            return FSAM(groups, adaptive=True, **keywords)
-        if sam_type in FISHER:
-            keywords["mask"] = FisherMask(**arguments.of(FisherMask, sam_type))
-        return FSAM.from_sam_type(sam_type, groups, **keywords)
+        optimizer = _optimizer_of(arguments, sam_type, groups, total_steps, keywords)
+        if arguments.release_gradients:
+            optimizer.release_gradients()
+    return optimizer
+
+
+def _optimizer_of(arguments, sam_type, groups, total_steps, keywords):
+    if sam_type == "none":
+        return AdamWL2SP(groups, **keywords)
+    keywords |= arguments.of(FSAM, sam_type)
+    keywords["schedule"] = build_schedule(arguments, sam_type, total_steps)
+    if sam_type == "momentum-sam":
+        return MomentumSAM(groups, **keywords)
+    if sam_type == "asam":
+        return FSAM(groups, adaptive=True, **keywords)
+    if sam_type in FISHER:
+        keywords["mask"] = FisherMask(**arguments.of(FisherMask, sam_type))
+    return FSAM.from_sam_type(sam_type, groups, **keywords)
 
 
 def build_mixup(arguments, total_steps, rank=0):

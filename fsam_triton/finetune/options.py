@@ -23,6 +23,7 @@ SAM_TYPES = {
     "fisher-gsam": "Fisher-GSAM",
     "momentum-sam": "MomentumSAM",
 }
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Which weights can be trained.
 TRAINABLE = ("all", "fish", "random", "bitfit")
 
@@ -73,6 +74,7 @@ MEANINGS = [
     Meaning("rho_warmup_ratio", Schedule, "rho_warmup", 0.0, _SHARP),
     Meaning("rho_follows", Schedule, "rho_follows", None, _SHARP),
     Meaning("rho_min", Schedule, "rho_min", 0.0, _SHARP),
+    Meaning("backup_format", FSAM, "backup_format", None, _SHARP),
 ]
 
 
@@ -96,6 +98,7 @@ GROUPS = {
     "l2_sp": "regularization",
     "num_train_epochs": "steps and batches",
     "learning_rate": "AdamW and its learning rate",
+    "dtype": "memory",
     "seed": "run",
 }
 
@@ -193,6 +196,14 @@ class Arguments:
     adam_beta2: float = option(0.999, "decay of AdamW's second moment")
     adam_epsilon: float = option(1e-8, "added to the root of the second moment")
     max_grad_norm: float = option(1.0, "the descent gradient is clipped to this norm; 0: not at all")
+
+    dtype: Literal["float32", "bfloat16"] = option("float32", "type of the weights and gradients")
+    state_format: Literal["fp32", "bf16", "8bit"] | None = option(
+        None, "how moments are kept (default: as the weights; fp32 with --master_weights)"
+    )
+    master_weights: Literal["24bit", "32bit"] | None = option(None, "keep of bfloat16 weights what rounding loses")
+    backup_format: Literal["8bit"] | None = tuning("one byte instead of two to put bfloat16 weights back")
+    release_gradients: bool = option(False, "none and momentum-sam: update in the backward pass, without gradients")
 
     seed: int = option(42, "of the new head, the batch order, dropout and a random mask")
     bf16: bool = option(False, "torch.autocast in bfloat16 over fp32 weights")

@@ -65,7 +65,7 @@ def measure_sharpness(arguments, task):
             if arguments.save_delta:
                 model = from_pretrained(None, folder)
             else:
-                model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+                model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
             found.append(measure(SAM_TYPES[sam_type], model.to(arguments.device), batches, True, bar))
     print(f"sharpness and landscapes: {time.perf_counter() - start:.0f} s")
     return found

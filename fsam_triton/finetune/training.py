@@ -14,7 +14,7 @@ from ..analysis import mask_density
 from .errors import InputError
 from .models import draw_batches, load_model
 from .optimizers import build_mixup, build_optimizer, naming_options
-from .options import SAM_TYPES
+from .options import DTYPES, SAM_TYPES
 from .report import PeakMemory, Run
 
 try:
@@ -78,7 +78,7 @@ class Trainer:
         transformers.set_seed(arguments.seed)
         model, novel = load_model(path, names)
         self.arguments = arguments
-        self.model = model.to(arguments.device)
+        self.model = model.to(arguments.device, DTYPES[arguments.dtype])
         self.total_steps = total_steps
         self.optimizer = build_optimizer(arguments, sam_type, self.model, novel, total_steps, trainable)
         self.scheduler = transformers.get_scheduler(

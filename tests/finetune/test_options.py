@@ -26,6 +26,12 @@ def built(sam_type, total_steps=100, **options):
     return build_optimizer(arguments, sam_type, torch.nn.Linear(8, 8), novel=(), total_steps=total_steps)
 
 
+NO_BACKUP = (
+    "--backup_format has no meaning for --sam_type none, only for sam, asam, esam, gsam, fisher-sam, fisher-esam, "
+    "fisher-gsam, momentum-sam"
+)
+
+
 @pytest.mark.parametrize("sam_type", FSAM_CODES_TYPES)
 def test_types_of_the_fsam_code_are_those_of_from_sam_type(sam_type):
     ours = built(sam_type, **EVERYTHING)
@@ -78,7 +84,7 @@ def test_schedules_fit_runs_of_any_length(total_steps):
 def test_a_comparison_gives_each_type_the_options_it_has_a_use_for():
     arguments = Arguments(sam_type=["sam", "gsam", "momentum-sam"], sam_every=2, sam_reuse=0.5, alpha=0.1)
     check_arguments(arguments)
-    assert arguments.of(FSAM, "gsam") == {"rho": 0.05, "alpha": 0.1}
+    assert arguments.of(FSAM, "gsam") == {"rho": 0.05, "alpha": 0.1, "backup_format": None}
     assert arguments.of(Schedule, "gsam").keys() == {"every", "last", "rho_warmup", "rho_follows", "rho_min"}
     assert arguments.of(Schedule, "momentum-sam").keys() == {"last", "rho_warmup", "rho_follows", "rho_min"}
 
@@ -119,8 +125,8 @@ def test_keep_ratio_has_a_default_for_each_of_its_uses(options, default):
 def test_every_option_is_accepted_or_has_no_meaning(sam_type, trainable):
     for name in {meaning.option for meaning in MEANINGS}:
         meanings = [meaning for meaning in MEANINGS if meaning.option == name]
-        value = "lr" if name == "rho_follows" else meanings[0].default
-        arguments = Arguments(sam_type=[sam_type], trainable=trainable, **{name: value})
+        value = {"rho_follows": "lr", "backup_format": "8bit"}.get(name, meanings[0].default)
+        arguments = Arguments(sam_type=[sam_type], trainable=trainable, dtype="bfloat16", **{name: value})
         if any({sam_type, trainable} & meaning.users for meaning in meanings):
             check_arguments(arguments)
         else:
@@ -197,6 +203,29 @@ def test_every_optimizer_but_the_fisher_types_trains_what_a_fish_mask_selects(sa
         ("none", {"adam_beta2": 1.0}, "Invalid --adam_beta2: 1.0; must be in [0, 1)"),
         ("none", {"adam_epsilon": -1.0}, "Invalid --adam_epsilon: -1.0; must be a finite number >= 0"),
         ("none", {"max_grad_norm": -1.0}, "Invalid --max_grad_norm: -1.0; must be >= 0"),
+        (
+            "sam",
+            {"release_gradients": True, "max_grad_norm": 0.0},
+            "--release_gradients needs --sam_type none or momentum-sam: two passes need their gradients",
+        ),
+        (
+            "none",
+            {"release_gradients": True},
+            "--release_gradients needs --max_grad_norm 0 and --gradient_accumulation_steps 1: gradients are not kept",
+        ),
+        ("none", {"master_weights": "24bit"}, "--master_weights needs --dtype bfloat16: float32 weights lose nothing"),
+        ("sam", {"backup_format": "8bit"}, "--backup_format needs --dtype bfloat16"),
+        ("none", {"backup_format": "8bit", "dtype": "bfloat16"}, NO_BACKUP),
+        (
+            "none",
+            {"state_format": "8bit", "trainable": "fish"},
+            "--state_format 8bit and --trainable exclude each other: the state of few weights is small",
+        ),
+        (
+            "none",
+            {"save_delta": True, "trainable": "fish", "dtype": "bfloat16"},
+            "--save_delta needs --dtype float32: the weights that are not trained would be rounded",
+        ),
     ],
 )
 def test_unusable_values_are_named_as_on_the_command_line(sam_type, options, message):

@@ -33,6 +33,26 @@ def test_every_kind_of_step_works_under_autocast(options, sam_type):
     assert half.losses == pytest.approx(single.losses, rel=0.05)
 
 
+SMALL = ("--dtype", "bfloat16", "--state_format", "8bit", "--master_weights", "24bit")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--sam_type", "sam", "--backup_format", "8bit"),
+        ("--sam_type", "momentum-sam", "--rho", "0.01", "--release_gradients", "--max_grad_norm", "0"),
+        ("--sam_type", "none", "--release_gradients", "--max_grad_norm", "0"),
+    ],
+    ids=["sam", "momentum-sam", "none"],
+)
+def test_memory_is_saved_at_the_same_losses(options, words):
+    plain = [word for word in words if word not in ("--backup_format", "8bit", "--release_gradients")]
+    (single,), (small,) = trained(options, *plain), trained(options, *words, *SMALL)
+    assert small.losses != single.losses
+    # bfloat16 rounds to 2**-9; two layers and four steps add up to a few times that.
+    assert small.losses == pytest.approx(single.losses, rel=0.05)
+
+
 def test_second_gradient_of_esam_is_of_the_part_of_the_batch_that_gamma_says(options, monkeypatch):
     sizes = []
     forward = training.Trainer.forward
