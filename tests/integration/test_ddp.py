@@ -16,7 +16,7 @@ from tests.training import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RANKS, STEPS = 2, 20
+RANKS, STEPS = 2, 12
 MASK = FisherMask(keep_ratio=0.3, interval=3, samples=2)
 
 
