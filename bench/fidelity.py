@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import transformers
@@ -22,6 +22,7 @@ from fsam_triton import FSAM, FisherMask
 from fsam_triton.finetune.models import encode, load_model, load_tokenizer, model_path
 from fsam_triton.finetune.options import Arguments
 from fsam_triton.finetune.texts import label_names, read_bbc_news
+from fsam_triton.kernels import formats
 
 from .workloads import bert_base_shapes, make_parameters
 
@@ -114,14 +115,34 @@ def all_ways(weights: Tensors, grads: Tensors, rho: float, linear: set[str], mas
     yield "bf16 weights, to nearest", stored(BF16, stochastic_rounding=False)
     yield "bf16 weights, stochastically", stored(BF16)
     yield "bf16 weights, FSAM(master_weights=True)", stored(BF16, master_weights=True)
+    yield "bf16 weights, FSAM(backup_format='8bit')", stored(BF16, backup_format="8bit")
     yield "bf16 weights, nearest(fp32 master + eps)", seen(weights, BF16, set(weights))
     yield "autocast to bf16, weights trained in fp32", seen(weights, BF16, linear)
     yield "autocast to bf16, bf16 checkpoint", seen(rounded(weights, BF16), BF16, linear)
     yield "autocast to bf16, the same, dithered", seen(dithered(rounded(weights, BF16)), BF16, linear)
     yield "fp16 weights, to nearest", stored(FP16, stochastic_rounding=False)
     yield "fp16 weights, stochastically", stored(FP16)
+    yield "fp16 weights, FSAM(backup_format='8bit')", stored(FP16, backup_format="8bit")
     yield "autocast to fp16, weights trained in fp32", seen(weights, FP16, linear)
     yield "autocast to fp16, fp16 checkpoint", seen(rounded(weights, FP16), FP16, linear)
+
+
+def cut_off(weights: Tensors, grads: Tensors, rho: float, dtype: torch.dtype) -> float:
+    """The fraction of 16-bit weights that a one-byte backup keeps from moving as far as SAM would move them."""
+    intended, count, cut = intend(grads, rho), 0, 0
+    for name, w in weights.items():
+        before = w.to(dtype)
+        target = (before.float() + intended[name]).to(dtype)
+        distance = formats.ordered(target.flatten()) - formats.ordered(before.flatten())
+        count, cut = count + distance.numel(), cut + int((distance.abs() > 127).sum())
+    return cut / count
+
+
+def print_cut_off(weights: Tensors, grads: Tensors, radii: Sequence[float]) -> None:
+    for name, dtype in (("bf16", BF16), ("fp16", FP16)):
+        parts = (f"{cut_off(weights, grads, rho, dtype):.3%} at rho {rho}" for rho in radii)
+        print(f"{name} weights that a one-byte backup keeps from moving as far: {', '.join(parts)}")
+    print()
 
 
 def print_table(title: str, columns: dict[str, Rows]) -> None:
@@ -191,6 +212,7 @@ def synthetic() -> None:
         "1. Three layers of BERT-base, normally distributed: weights with standard deviation 0.02, and gradients",
         {f"rho {rho}": all_ways(weights, grads, rho, set(weights)) for rho in (0.02, RHO, 0.5)},
     )
+    print_cut_off(weights, grads, (0.02, RHO, 0.5))
 
 
 def real(task: FineTuning) -> None:
@@ -203,6 +225,7 @@ def real(task: FineTuning) -> None:
             "FisherMask(0.1)": all_ways(weights, grads, RHO, task.linear, FisherMask(0.1)),
         },
     )
+    print_cut_off(weights, grads, (0.02, RHO, 0.5))
 
 
 def losses(task: FineTuning) -> None:

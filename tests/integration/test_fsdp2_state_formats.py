@@ -1,4 +1,4 @@
-"""State of 8 bits and 24-bit master weights on shards: as in one process, saved, and loaded by other numbers of them."""
+"""State of 8 bits and 24-bit master weights on shards: as in one process, and loaded by other numbers of processes."""
 
 import pytest
 import torch

@@ -144,25 +144,40 @@ def instances(dtype: str):
     """Passes without options, with one kind, and with all; the number of loops that must be vectors."""
     compute = reference.compute_dtype(FLOATS[dtype])
     t = FLOATS[dtype]
+    codes = torch.int8
     for options in itertools.product((0, 1), repeat=2):
-        yield "norm_sq", (t, t, compute), dict(zip(("adaptive", "masked"), options, strict=True))
+        yield "norm_sq", (t, t, compute), dict(zip(("adaptive", "masked", "coded"), (*options, 0), strict=True))
+    yield "norm_sq", (t, codes, compute), {"adaptive": 0, "masked": 0, "coded": 1}
     yield "gap", (t, compute), {}
-    names = ("adaptive", "masked", "stochastic", "random", "streamed")
+    names = ("adaptive", "masked", "coded", "stochastic", "random", "streamed")
     for options in (
-        (0, 0, 0, 0, 0),
-        (0, 0, 1, 0, 0),
-        (0, 1, 1, 0, 0),
-        (1, 1, 1, 1, 0),
-        (0, 1, 0, 0, 1),
-        (0, 0, 0, 0, 1),
+        (0, 0, 0, 0, 0, 0),
+        (0, 0, 0, 1, 0, 0),
+        (0, 1, 0, 1, 0, 0),
+        (1, 1, 0, 1, 1, 0),
+        (0, 1, 0, 0, 0, 1),
+        (0, 0, 0, 0, 0, 1),
+        (0, 0, 1, 1, 0, 0),
     ):
-        yield "perturb", (t, t, compute), dict(zip(names, options, strict=True))
-    names = ("lanes", "remainder", "anchor", "ema", "other", "orthogonal", "stochastic")
+        yield "perturb", (t, codes if options[2] else t, t, compute), dict(zip(names, options, strict=True))
+    if dtype != "fp32":
+        yield "perturb", (t, t, codes, compute), dict(zip(names, (0, 0, 0, 1, 0, 0), strict=True))
+        yield "perturb", (t, codes, codes, compute), dict(zip(names, (0, 0, 1, 1, 0, 0), strict=True))
+    names = ("lanes", "coded", "steps", "remainder", "anchor", "ema", "other", "orthogonal", "stochastic")
     for rule, lanes in spec.STATE.items():
-        types = (f"rules::{rule}", t, t, compute, torch.int16 if dtype == "bf16" else torch.int32, compute)
+        lost = torch.int16 if dtype == "bf16" else torch.int32
+        types = (f"rules::{rule}", t, t, compute, compute, lost, compute)
         for options in ((0, 0, 0, 0, 0, 1), (0, 1, 1, 1, 0, 1), (0, 1, 1, 1, 1, 1), (1, 1, 1, 1, 0, 0)):
             if not (options[0] and dtype == "fp32"):
-                yield "descend", types, dict(zip(names, (len(lanes), *options), strict=True))
+                yield "descend", types, dict(zip(names, (len(lanes), 0, 0, *options), strict=True))
+        if dtype == "bf16":
+            small = (f"rules::{rule}", t, t, codes, torch.uint8 if rule == "adamw" else codes, codes, compute)
+            # Without the maximum of amsgrad.
+            some = 2 if rule == "adamw" else 1
+            yield "descend", small, dict(zip(names, (some, 1, 1, 1, 0, 0, 0, 0, 1), strict=True))
+        elif dtype == "fp32":
+            small = (f"rules::{rule}", t, t, codes, torch.uint8 if rule == "adamw" else codes, lost, compute)
+            yield "descend", small, dict(zip(names, (len(lanes), 1, 0, 0, 1, 1, 0, 0, 1), strict=True))
 
 
 @pytest.mark.slow
@@ -181,11 +196,11 @@ def test_loops_are_vectorized(dtype, monkeypatch, tmp_path):
         run = subprocess.run([*command, "-c", "pass.cpp"], cwd=tmp_path, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         vectorized = {line.split(": ")[0].split("/")[-1] for line in run.stderr.splitlines() if "vectorized" in line}
-        for line in hot_loops(header, "masked = 1" in instance):
+        for line in hot_loops(header, "masked = 1" in instance, "coded = 1" in instance):
             assert any(place.startswith(f"{line}:") for place in vectorized), f"{instance}: {line}"
 
 
-def hot_loops(header: str, masked: bool) -> list[str]:
+def hot_loops(header: str, masked: bool, coded: bool) -> list[str]:
     """Files and lines of the loops that must be vectors."""
     name = "norm.h" if header == "gap" else f"{header}.h"
     lines = (build.HEADERS / name).read_text().splitlines()
@@ -193,5 +208,8 @@ def hot_loops(header: str, masked: bool) -> list[str]:
     found = [i + 1 + (wanted == "IN_ANY_ORDER") for i, line in enumerate(lines) if wanted in line]
     assert found
     if header == "perturb":
-        found = found[:1] if masked else found[1:]
+        found = found[:1] if masked or coded else found[1:]
+    if header == "descend":
+        # Codes of a group, its elements; elements without groups.
+        found = found[:2] if coded else found[2:]
     return [f"{name}:{line}" for line in found]

@@ -157,6 +157,16 @@ def test_state_dicts_between_the_passes_show_clean_weights():
     assert torch.equal(training.optimizer.clean_weight(p), clean["0.weight"])
 
 
+def weights_of_a_pass(training: Training, inputs: Tensor) -> Tensor:
+    """The weights that a forward pass without gradients sees."""
+    seen = []
+    handle = training.model[0].register_forward_hook(lambda *_: seen.append(training.weights()))
+    with torch.no_grad():
+        training.model[0](inputs)
+    handle.remove()
+    return seen[0]
+
+
 def test_evaluation_in_the_middle_of_a_step():
     results = []
     for evaluates in (True, False):
@@ -169,13 +179,8 @@ def test_evaluation_in_the_middle_of_a_step():
         perturbed = training.weights()
         if evaluates:
             training.model.eval()
-            seen = []
-            handle = training.model[0].register_forward_hook(lambda *_: seen.append(training.weights()))
-            with torch.no_grad():
-                training.model[0](inputs)
-            handle.remove()
+            assert_same_bits(weights_of_a_pass(training, inputs), clean)
             training.model.train()
-            assert_same_bits(seen[0], clean)
             assert_same_bits(training.weights(), perturbed)
         training.step(2)
         results.append(training.weights())
