@@ -2,22 +2,22 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from . import spec
 from .rounding import narrow, quotient, widen
 
 _GROUP = tl.constexpr(spec.GROUP)
+_SHIFT = tl.constexpr(spec.GROUP.bit_length() - 1)
 _SMALLEST = tl.constexpr(spec.SMALLEST)
 _SIGNED, _UNSIGNED = tl.constexpr(float(spec.SIGNED_LEVELS)), tl.constexpr(float(spec.UNSIGNED_LEVELS))
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
 def load_codes(codes_ptr, scale_ptr, place, offs, inside):
     """The moments, fp32, of a lane's codes place + offs; see `formats.decode`. place is a multiple of the group."""
     codes = tl.load(codes_ptr + offs, mask=inside, other=None if inside is None else 0)
-    scale = tl.load(scale_ptr + place // _GROUP + offs // _GROUP, mask=inside, other=None if inside is None else 0.0)
+    scale_ptr += place >> _SHIFT
+    scale = tl.load(scale_ptr + (offs >> _SHIFT), mask=inside, other=None if inside is None else 0.0)
     root, unit = codes.to(tl.float32), widen(scale, tl.float32)
     square = root * tl.abs(root)
     if codes.dtype == tl.int8:
@@ -27,14 +27,14 @@ def load_codes(codes_ptr, scale_ptr, place, offs, inside):
 
 
 @triton.jit
-def store_codes(codes_ptr, scale_ptr, place, first, offs, left, x, noise, WHOLE: tl.constexpr, SIZE: tl.constexpr):
+def store_codes(codes_ptr, scale_ptr, place, offs, left, x, noise, WHOLE: tl.constexpr, SIZE: tl.constexpr):
     """Store moments as codes and scales; see `formats.encode`.
 
     Args:
         codes_ptr: to the block's first code, int8 for first moments, uint8 for second ones.
         scale_ptr: to the lane's first scale.
         place: of the block in the lane.
-        first, offs: the first of SIZE elements of the block, and all of them.
+        offs: SIZE elements of the block.
         left: how many the block has.
         x: fp32 [SIZE], finite.
         noise: what rounds the codes, int32: 1/2 or random, in 2**-15.
@@ -52,27 +52,23 @@ def store_codes(codes_ptr, scale_ptr, place, first, offs, left, x, noise, WHOLE:
     is_signed: tl.constexpr = codes_ptr.dtype.element_ty == tl.int8
     inverse = quotient(tl.full(scale.shape, _SIGNED if is_signed else _UNSIGNED, tl.float32), scale)
     inverse = tl.reshape(tl.broadcast_to(inverse, [groups, _GROUP]), [SIZE])
-    level = root(size * inverse)
+    level = tl.sqrt(size * inverse)
     if is_signed:
         sign = x.to(tl.int32, bitcast=True) & -0x80000000
         level = (level.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True) + 384.0
         # 128 stands for 0.
-        code = (level.to(tl.int32, bitcast=True) + noise - (128 << 15)) >> 15
+        noise -= 128 << 15
     else:
-        level = tl.maximum(root(level), 1.0) + 256.0
-        code = (level.to(tl.int32, bitcast=True) + noise) >> 15
+        level = tl.maximum(tl.sqrt(level), 1.0) + 256.0
+    code = (level.to(tl.int32, bitcast=True) + noise) >> 15
     tl.store(codes_ptr + offs, code.to(codes_ptr.dtype.element_ty), mask=inside)
-    row = first // _GROUP + tl.arange(0, groups)[:, None]
-    tl.store(scale_ptr + place // _GROUP + row, narrow(scale, tl.bfloat16), mask=None if WHOLE else row * _GROUP < left)
-
-
-@triton.jit
-def root(x):
-    """The square root; in machine code with an error of 1 ulp, and 0 of subnormal numbers."""
-    if _INTERPRETED:
-        return tl.sqrt(x)
-    else:
-        return libdevice.sqrt(x)
+    # By the lane that has the first of a group: to any other it would go through shared memory. Triton leaves elements
+    # where they are if it believes that a lane's could be stored together, which the mask rules out.
+    scale = (scale.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    scale = tl.reshape(tl.broadcast_to(scale, [groups, _GROUP]), [SIZE])
+    scale_ptr = tl.max_contiguous(tl.multiple_of(scale_ptr + (place >> _SHIFT) + (offs >> _SHIFT), 16), 8)
+    is_first = offs & (_GROUP - 1) == 0
+    tl.store(scale_ptr, scale, mask=is_first if WHOLE else is_first & inside)
 
 
 @triton.jit
@@ -82,32 +78,29 @@ def noise_of(bits, i: tl.constexpr):
 
 
 @triton.jit
-def ordered(weight):
-    """16-bit floats as int32 in the order of the numbers, which differ by multiples of 2**16."""
-    bits = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    return bits ^ ((bits >> 31) & 0x7FFF0000)
-
-
-@triton.jit
-def unordered(order, dtype: tl.constexpr):
-    """The inverse of `ordered`."""
-    return ((order ^ ((order >> 31) & 0x7FFF0000)) >> 16).to(tl.int16).to(dtype, bitcast=True)
+def mirrored(order):
+    """16-bit floats, taken for whole numbers and as int32, in the order of the numbers; and the inverse."""
+    return tl.where(order < 0, -0x8001 - order, order)
 
 
 @triton.jit
 def displace(weight, target):
     """Weights moved to `target` by at most 127 steps, and the steps, int8; see `formats.displace`."""
-    before = ordered(weight)
-    # A difference can need 33 bits.
-    moved = (ordered(target) >> 16) - (before >> 16)
+    before = mirrored(weight.to(tl.int16, bitcast=True).to(tl.int32))
+    moved = mirrored(target.to(tl.int16, bitcast=True).to(tl.int32)) - before
     moved = tl.minimum(tl.maximum(moved, -127), 127)
-    return unordered(before + (moved << 16), weight.dtype), moved.to(tl.int8)
+    return mirrored(before + moved).to(tl.int16).to(weight.dtype, bitcast=True), moved.to(tl.int8)
 
 
 @triton.jit
 def replace(weight, steps):
     """The inverse of `displace`."""
-    return unordered(ordered(weight) - (steps.to(tl.int32) << 16), weight.dtype)
+    # In the upper half of 32 bits, where master weights are put together.
+    order = (weight.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.int32, bitcast=True)
+    order = tl.where(order < 0, 0x7FFF0000 - order, order)
+    order -= steps.to(tl.int32) << 16
+    order ^= (order >> 31) & 0x7FFF0000
+    return (order >> 16).to(tl.int16).to(weight.dtype, bitcast=True)
 
 
 @triton.jit

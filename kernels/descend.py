@@ -101,17 +101,6 @@ def _block(
         bits = random_bits(start, offs, tl.load(key_ptr))
         w_half = high_half(bits)
         v_half = low_half(bits)
-    for i in tl.static_range(len(state_ptrs)):
-        new = tl.where(update, state[i], old_state[i])
-        state_ptr = pointer(state_ptrs[i], place, WHOLE)
-        if scale_ptrs is not None:
-            # The third lane is a maximum, which would creep upwards.
-            noise = noise_of(bits, i) if STOCHASTIC and i < 2 else 0x4000
-            store_codes(state_ptr, scale_ptrs[i], place, first, offs, left, new, noise, WHOLE, SIZE)
-        else:
-            # Second moments, which grow by less than a 16-bit step at a time.
-            new = round_to(new, v_half, state_ptrs[i].dtype.element_ty, STOCHASTIC and RULE == "adamw" and i > 0)
-            tl.store(state_ptr + offs, new, mask=inside)
     if remainder_ptr is not None:
         random = (bits >> 24).to(tl.int32) if STOCHASTIC else 0x80
         stored, remainder = split(w, dtype, remainder_ptr.dtype.element_ty, random)
@@ -120,6 +109,17 @@ def _block(
         stored = round_to(w, w_half, dtype, STOCHASTIC)
         w = widen(stored, compute)
     tl.store(pointer(weight_ptr, weight_place, WHOLE) + offs, stored, mask=inside)
+    for i in tl.static_range(len(state_ptrs)):
+        new = tl.where(update, state[i], old_state[i])
+        state_ptr = pointer(state_ptrs[i], place, WHOLE)
+        if scale_ptrs is not None:
+            # The third lane is a maximum, which would creep upwards.
+            noise = noise_of(bits, i) if STOCHASTIC and i < 2 else 0x4000
+            store_codes(state_ptr, scale_ptrs[i], place, offs, left, new, noise, WHOLE, SIZE)
+        else:
+            # Second moments, which grow by less than a 16-bit step at a time.
+            new = round_to(new, v_half, state_ptrs[i].dtype.element_ty, STOCHASTIC and RULE == "adamw" and i > 0)
+            tl.store(state_ptr + offs, new, mask=inside)
     if ema_ptr is not None:
         ema_ptr = pointer(ema_ptr, place, WHOLE)
         average = tl.load(ema_ptr + offs, mask=inside)
