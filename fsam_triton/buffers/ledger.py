@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import check
-from .lanes import Lanes, Member, Moved, Perturbed, sharing
+from .lanes import Lanes, Member, Moved
+from .perturbed import Perturbed
 from .sharded import ShardedLanes, is_sharded, local, shard_groups
+from .sharing import sharing
 from .sparse import SparseLanes
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import ops
-from ..buffers.lanes import Lanes, Perturbed, name_of
+from ..buffers.lanes import Lanes, name_of
 from ..buffers.ledger import Ledger
+from ..buffers.perturbed import Perturbed
 from ..buffers.sharded import OtherParts, is_sharded, sum_over_shards
 from ..errors import check
 from ..kernels.reference import compute_dtype
