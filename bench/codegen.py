@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
-from .kernel_builds import PRECISIONS, Build, configurations, is_over_segments, steps, unique
+from .kernel_builds import PRECISIONS, Build, configurations, is_of_8_bits, is_over_segments, steps, unique
 from .machine_code import (
     NVIDIA,
     TARGETS,
@@ -34,9 +34,9 @@ from .machine_code import (
 # What the command has printed, committed.
 RESULTS = Path(__file__).parent / "results" / "codegen.txt"
 METHODS = ("AdamW", "AdamW, clipped", "SAM", "FSAM", "GSAM", "momentum-SAM")
-MAIN_PRECISIONS = ("fp32", "bf16", "bf16 + master")
-# What a step of SAM must move: norm, perturbation, update.
-DESIGN = {"fp32": (4, 16, 28), "bf16": (2, 8, 14), "bf16 + master": (2, 8, 26)}
+MAIN_PRECISIONS = ("fp32", "bf16", "bf16 + master", "bf16, 8-bit")
+# What a step of SAM must move: norm, perturbation, update. Scales of two bytes for 32 codes are read and written.
+DESIGN = {"fp32": (4, 16, 28), "bf16": (2, 8, 14), "bf16 + master": (2, 8, 26), "bf16, 8-bit": (2, 7, 13 + 4 * 2 / 32)}
 SIZES = {"110 M": 110e6, "1 B": 1e9, "7 B": 7e9}
 
 
@@ -45,14 +45,15 @@ class Device:
     """A GPU: its architecture, bytes a second of its memory, and number of processors, by its data sheet.
 
     Attributes:
-        clock: Hz that its processors keep up under load, or 0 if instructions are not counted for it. Each of them
-            starts 128 instructions of a lane in a cycle.
+        clock: Hz; of NVIDIA's what processors keep up under load.
+        lanes: instructions of a lane that a processor starts in a cycle.
     """
 
     target: str
     bandwidth: float
     processors: int
-    clock: float = 0.0
+    clock: float
+    lanes: int = 128
 
     def hidden_latency(self, in_flight: int) -> float:
         """Seconds that a memory access may take while the whole bandwidth is used (Little's law).
@@ -69,8 +70,13 @@ class Device:
             moved: bytes of an element.
             instructions: of an element.
         """
-        memory, issue = moved / self.bandwidth, instructions / (128 * self.processors * self.clock)
-        return memory / max(memory, issue)
+        memory = moved / self.bandwidth
+        return memory / max(memory, instructions / (self.lanes * self.processors * self.clock))
+
+    def seconds(self, passes: Iterable[Figures]) -> float:
+        """What passes take for an element, each by its bytes or by its instructions, whichever take longer."""
+        moved = ((one.bytes_per_parameter, one.instructions) for one in passes)
+        return sum(size / self.bandwidth / self.share(size, instructions) for size, instructions in moved)
 
 
 DEVICES = {
@@ -78,10 +84,12 @@ DEVICES = {
     "H100 SXM": Device("sm_90", 3.35e12, 132, 1.48e9),
     "H200": Device("sm_90", 4.8e12, 132, 1.48e9),
     "B200": Device("sm_100", 8.0e12, 148, 1.72e9),
-    "MI300X": Device("gfx942", 5.3e12, 304),
+    "MI300X": Device("gfx942", 5.3e12, 304, 2.1e9, 64),
 }
-# The least part of the bandwidth that instructions must leave to every pass.
+# The least part of the bandwidth that instructions must leave to every pass. With 8-bit formats they are more, and the
+# bytes less.
 BUDGET = {"H200": 0.9, "B200": 0.85}
+BUDGET_OF_8_BITS = {"H100 SXM": 0.85}
 # Of those with the same architecture the one that is hardest to feed.
 FASTEST = {device.target: device for device in sorted(DEVICES.values(), key=lambda device: device.bandwidth)}
 
@@ -102,13 +110,15 @@ class Figures:
 
 
 NOT_COUNTED = float("nan")
+# Where instructions are.
+COUNTED = (*NVIDIA, "gfx942")
 
 
 def figures(one: Build, target: str) -> Figures:
     """Compile a build for a target, if that is not done, and read off its figures."""
     found, used = accesses(one, target), resources(one, target)
     over_parameters = is_over_segments(one) or "n" in one.kernel.arg_names
-    is_counted = is_over_segments(one) and target in NVIDIA
+    is_counted = is_over_segments(one) and target in COUNTED
     return Figures(
         found.loads,
         found.stores,
@@ -161,7 +171,7 @@ def bytes_table(source: Source) -> str:
     for (method, precision), builds in main_steps().items():
         moved = {one.name.split("-")[0]: source(one, "sm_90").bytes_per_parameter for one in builds}
         cells = [f"{moved[name]:g}" if name in moved else "" for name in columns]
-        design = f"{sum(DESIGN[precision])}" if method == "SAM" else ""
+        design = f"{sum(DESIGN[precision]):g}" if method == "SAM" else ""
         cells += [f"{sum(moved.values()):g}", design]
         lines.append((f"{method:15}{precision:15}" + "".join(f"{cell:>14}" for cell in cells)).rstrip())
     return "\n".join(lines)
@@ -213,36 +223,61 @@ def main_table(source: Source) -> str:
 
 def share_table(source: Source) -> str:
     """How much of the bandwidth instructions leave to the passes that steps make."""
-    predicted = {name: device for name, device in DEVICES.items() if device.clock}
+    shown = ("sm_90", "sm_100", "gfx942")
     lines = ["4. Instructions of an element, and the part of the bandwidth that they leave to each pass"]
-    lines.append(f"{'':60}{'bytes':>8}{'sm_90':>7}{'sm_100':>7}" + "".join(f"{name:>11}" for name in predicted))
+    header = "".join(f"{target:>7}" for target in shown) + "".join(f"{name:>11}" for name in DEVICES)
+    lines.append(f"{'':68}{'bytes':>8}{header}")
     for one in configurations():
         if is_over_segments(one):
-            found = {target: source(one, target) for target in NVIDIA}
-            cells = [f"{found[target].instructions:7.1f}" for target in ("sm_90", "sm_100")]
-            for device in predicted.values():
+            found = {target: source(one, target) for target in COUNTED}
+            cells = [f"{found[target].instructions:7.1f}" for target in shown]
+            for device in DEVICES.values():
                 own = found[device.target]
                 cells.append(f"{device.share(own.bytes_per_parameter, own.instructions):11.0%}")
-            lines.append(f"{one.name:60}{found['sm_90'].bytes_per_parameter:8g}" + "".join(cells))
-    budget = ", ".join(f"{share:.0%} of {name}'s" for name, share in BUDGET.items())
-    lines.append(f"Budget: {budget}. {' '.join(over_budget(source)) or 'Every pass keeps it.'}")
+            lines.append(f"{one.name:68}{found['sm_90'].bytes_per_parameter:8g}" + "".join(cells))
+    kept = " ".join(over_budget(source)) or "Every pass keeps it."
+    lines.append(f"Budget: {_said(BUDGET)}; with 8-bit formats {_said(BUDGET_OF_8_BITS)}. {kept}")
     return "\n".join(lines)
+
+
+def _said(budget: dict[str, float]) -> str:
+    return ", ".join(f"{share:.0%} of {name}'s" for name, share in budget.items())
+
+
+def budget(one: Build) -> dict[str, float]:
+    """The least part of some GPUs' bandwidth that a pass should leave."""
+    return BUDGET_OF_8_BITS if is_of_8_bits(one) else BUDGET
 
 
 def over_budget(source: Source) -> list[str]:
     """Passes whose instructions leave less of the bandwidth than they should."""
     found = []
     for one in filter(is_over_segments, configurations()):
-        for name, least in BUDGET.items():
+        for name, least in budget(one).items():
             own = source(one, DEVICES[name].target)
             if DEVICES[name].share(own.bytes_per_parameter, own.instructions) < least:
                 found.append(f"Not kept by {one.name} on {name}.")
     return found
 
 
+def gain_table(source: Source) -> str:
+    """What a step of SAM takes, and what 8-bit formats make of it."""
+    lines = ["5. Milliseconds of SAM's kernels for 1 B parameters, each by its bytes or its instructions"]
+    lines.append(f"{'':30}" + "".join(f"{name:>12}" for name in DEVICES))
+    times = {}
+    for name in MAIN_PRECISIONS:
+        builds = steps(*PRECISIONS[name])["SAM"]
+        times[name] = [d.seconds(source(one, d.target) for one in builds) * 1e12 for d in DEVICES.values()]
+        lines.append(f"{name:30}" + "".join(f"{time:12.3g}" for time in times[name]))
+    before, after = "bf16 + master", "bf16, 8-bit"
+    gains = (one / other for one, other in zip(times[before], times[after], strict=True))
+    lines.append(f"{f'{before} over {after}':30}" + "".join(f"{gain:12.2f}" for gain in gains))
+    return "\n".join(lines)
+
+
 def summary_table(source: Source) -> str:
     """The worst figure over all configurations of a kernel, for each target."""
-    lines = ["5. All configurations: the most of each figure, the least occupancy"]
+    lines = ["6. All configurations: the most of each figure, the least occupancy"]
     lines.append(f"{'':34}{'target':10}{'registers':>11}{'spills':>8}{'shared':>8}{'occupancy':>11}")
     kernels: dict[str, list[Build]] = {}
     for one in configurations():
@@ -259,7 +294,7 @@ def summary_table(source: Source) -> str:
 
 
 def full_table(source: Source) -> str:
-    lines = ["6. Every configuration, and what launches it"]
+    lines = ["7. Every configuration, and what launches it"]
     lines.append(f"{'':9}{HEADER}")
     for one, launchers in configurations().items():
         lines.append(f"{one.name} ({'; '.join(launchers)})")
@@ -272,7 +307,7 @@ def title() -> str:
 
 
 def report(source: Source) -> str:
-    tables = (bytes_table, time_table, main_table, share_table, summary_table, full_table)
+    tables = (bytes_table, time_table, main_table, share_table, gain_table, summary_table, full_table)
     return "\n\n".join([title(), *(table(source) for table in tables)])
 
 

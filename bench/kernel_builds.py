@@ -154,14 +154,15 @@ def descend_build(
     other=False,
     keep=False,
     ema=False,
+    steps=False,
 ) -> Build:
     """`descend_` of weights of a type.
 
     Args:
-        master: bits of master weights, 0 without; of 24, moments and backups have 8.
+        master: bits of master weights, 0 without; of 24, moments have 8.
         missing: whether the last lane of the rule's state is not there (default: AdamW's is not, which is amsgrad's).
         keep: whether an orthogonal component is kept, of two gradients.
-        anchor, stochastic, other, ema: whether they are there.
+        anchor, stochastic, other, ema, steps: whether they are there.
     """
     missing = rule == "adamw" if missing is None else missing
     state = (moments(weight, master), *["u8" if master == 24 else moments(weight, master)] * 2)
@@ -169,17 +170,17 @@ def descend_build(
     stochastic = stochastic and SIZES[weight] == 2 and master != 32
     pointers = {"weight_ptr": weight, "clean_ptr": weight, "grad_ptr": weight}
     pointers |= {"other_ptr": weight} if other or keep else {}
-    lanes = {"steps_ptr": "i8"} if master == 24 else {}
+    lanes = {"steps_ptr": "i8"} if steps else {}
     lanes |= {"remainder_ptr": REMAINDERS[weight, master]} if master else {}
     lanes |= {"anchor_ptr": weight} if anchor else {}
     lanes |= {"ema_ptr": compute_type(weight)} if ema else {}
     lanes |= {"orthogonal_ptr": weight} if keep else {}
     pointers |= lanes | {"coef_ptr": compute_type(weight), "key_ptr": "i32", "state_ptrs": state}
-    pointers |= {"scale_ptrs": ("bf16",) * len(state)} if master == 24 else {}
+    pointers |= {"scale_ptrs": ("bf16",) * len(state)} if master == 24 and state else {}
     words = [rule, weight]
     words += ["8_bit"] if master == 24 else said(master=master == 32)
     words += said(amsgrad=rule == "adamw" and not missing, plain=rule != "adamw" and missing)
-    words += said(stochastic=stochastic, anchor=anchor, other=other, keep=keep, ema=ema)
+    words += said(stochastic=stochastic, anchor=anchor, other=other, keep=keep, ema=ema, steps=steps)
     flags = {"RULE": rule, "COLUMNS": len(spec.DESCEND[rule]), "STOCHASTIC": stochastic}
     return over_blocks(descend.descend_kernel, pointers, (weight, *lanes.values(), *state), *words, **flags)
 
@@ -273,8 +274,9 @@ def steps(weight: str, master: int) -> dict[str, list[Build]]:
         master: bits of master weights, as in `PRECISIONS`.
     """
     norm, gap, state = norm_build(weight), gap_build(weight), moments(weight, master)
-    ascent = partial(perturb_build, weight, steps=master == 24)
-    update = partial(descend_build, weight, master)
+    # 8-bit backups, where weights have been perturbed.
+    ascent, update = partial(perturb_build, weight, steps=master == 24), partial(descend_build, weight, master)
+    back = partial(update, steps=master == 24)
     return {
         "AdamW": [update()],
         "AdamW, clipped": [norm, update()],
@@ -283,21 +285,21 @@ def steps(weight: str, master: int) -> dict[str, list[Build]]:
         "SGD": [update(rule="sgd", missing=True)],
         "SGD, momentum": [update(rule="sgd")],
         "Lion": [update(rule="lion")],
-        "SAM": [norm, ascent(), update()],
-        "SAM, L2-SP": [norm, ascent(), update(anchor=True)],
-        "SAM, ema": [norm, ascent(), update(ema=True)],
-        "SAM, to nearest": [norm, ascent(stochastic=False), update(stochastic=False)],
-        "SAM, SGD": [norm, ascent(), update(rule="sgd")],
-        "SAM, Lion": [norm, ascent(), update(rule="lion")],
-        "ASAM": [norm_build(weight, adaptive=True), ascent(adaptive=True), update()],
-        "FSAM": [norm, ascent(masked=True), update()],
-        "FSAM, masked norm": [norm_build(weight, masked=True), ascent(masked=True), update()],
-        "ESAM": [norm, ascent(random=True), update()],
-        "GSAM": [norm, ascent(), gap, update(other=True)],
-        "LookSAM": [norm, ascent(), gap, update(keep=True)],
+        "SAM": [norm, ascent(), back()],
+        "SAM, L2-SP": [norm, ascent(), back(anchor=True)],
+        "SAM, ema": [norm, ascent(), back(ema=True)],
+        "SAM, to nearest": [norm, ascent(stochastic=False), back(stochastic=False)],
+        "SAM, SGD": [norm, ascent(), back(rule="sgd")],
+        "SAM, Lion": [norm, ascent(), back(rule="lion")],
+        "ASAM": [norm_build(weight, adaptive=True), ascent(adaptive=True), back()],
+        "FSAM": [norm, ascent(masked=True), back()],
+        "FSAM, masked norm": [norm_build(weight, masked=True), ascent(masked=True), back()],
+        "ESAM": [norm, ascent(random=True), back()],
+        "GSAM": [norm, ascent(), gap, back(other=True)],
+        "LookSAM": [norm, ascent(), gap, back(keep=True)],
         "LookSAM, reused": [gap, update(other=True)],
-        "momentum-SAM": [norm_build(state), ascent(grad=state), update()],
-        "momentum-SAM, ema": [norm_build(state), ascent(grad=state), update(ema=True)],
+        "momentum-SAM": [norm_build(state), ascent(grad=state), back()],
+        "momentum-SAM, ema": [norm_build(state), ascent(grad=state), back(ema=True)],
     }
 
 
@@ -307,12 +309,15 @@ COMBINED = [
     perturb_build("fp32", adaptive=True, masked=True),
     perturb_build("bf16", adaptive=True, masked=True, random=True),
     perturb_build("bf16", grad="fp32", adaptive=True, masked=True, random=True),
+    perturb_build("bf16", grad="i8", adaptive=True, masked=True, random=True, steps=True),
     descend_build("fp32", missing=False, anchor=True, keep=True, ema=True),
     descend_build("bf16", missing=False, anchor=True),
     descend_build("bf16", master=32, missing=False, anchor=True),
     descend_build("bf16", missing=False, anchor=True, other=True),
     descend_build("bf16", missing=False, anchor=True, other=True, ema=True),
     descend_build("bf16", master=32, missing=False, anchor=True, other=True, ema=True),
+    descend_build("bf16", master=24, missing=False, anchor=True, other=True, steps=True),
+    descend_build("bf16", master=24, missing=False, anchor=True, other=True, ema=True, steps=True),
     descend_build("bf16", rule="sgd", anchor=True, other=True, ema=True),
     descend_build("bf16", rule="lion", anchor=True, other=True, ema=True),
     descend_build("fp64", other=True),
@@ -358,6 +363,11 @@ def unique(builds: Iterable[Build]) -> list[Build]:
 def is_over_blocks(one: Build) -> bool:
     """Whether it is a pass in which each element is one lane's."""
     return one.kernel in (perturb.perturb_kernel, descend.descend_kernel)
+
+
+def is_of_8_bits(one: Build) -> bool:
+    """Whether moments, backups or master weights have formats of fewer bits."""
+    return any("i8" in types for _, types in one.pointers)
 
 
 def is_over_segments(one: Build) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 
-from .kernel_builds import Build, is_over_blocks
+from .kernel_builds import SIZES, Build, is_over_blocks
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -171,6 +171,7 @@ def main_path(one: Build, target: str) -> tuple[list[Instruction], list[tuple[in
     """
     code = instructions(one, target)
     widths = [_access(i, target)[1] if _is_to_array(i, one, target) else 0 for i in code]
+    widest = min(max(widths), _vector(one))
     # From each instruction on to an end: widest accesses, less instructions, and the next one. Branches back are loops.
     best: list[tuple[int, int, int | None] | None] = [None] * (len(code) + 1)
     for n, i in reversed(list(enumerate(code))):
@@ -185,7 +186,7 @@ def main_path(one: Build, target: str) -> tuple[list[Instruction], list[tuple[in
         ways = [(*best[m][:2], m) for m in after if best[m] is not None]
         if ways:
             wide, less, m = max(ways)
-            best[n] = (wide + (widths[n] == max(widths)), less - 1, m)
+            best[n] = (wide + (widths[n] == widest), less - 1, m)
     path, n = [], 0
     while n is not None:
         path.append(n)
@@ -194,6 +195,17 @@ def main_path(one: Build, target: str) -> tuple[list[Instruction], list[tuple[in
     back = ((i.target, n) for n, i in enumerate(code) if i.target is not None and i.target <= n)
     loops = [(place[first], place[last]) for first, last in back if first in place and last in place]
     return [code[n] for n in path], loops
+
+
+# Arguments that point to something else than a number for each element.
+_OTHERS = ("table_ptr", "segments_ptr", "mask_ptr", "scale_ptr", "scale_ptrs", "coef_ptr", "key_ptr", "partial_ptr")
+
+
+def _vector(one: Build) -> int:
+    """Bytes of a lane's elements in the array of the widest type, as far as an access can have them."""
+    arrays = [types for name, types in one.pointers if name not in _OTHERS]
+    types = [dtype for of_one in arrays for dtype in ([of_one] if isinstance(of_one, str) else of_one)]
+    return min(16, max(SIZES[dtype] for dtype in types) * dict(one.flags).get("BLOCK", 1024) // one.lanes)
 
 
 def _is_to_array(i: Instruction, one: Build, target: str) -> bool:
@@ -231,28 +243,31 @@ class Access:
         kind: "load" or "store".
         elements: of the block; None where it is a number that all lanes read.
         bytes: of an element.
-        is_word: whether 32 elements share the same word of a mask.
+        is_shared: whether 32 elements share a number: the word of a mask, the scale of codes.
         times: how often, in a loop.
     """
 
     kind: str
     elements: int | None
     bytes: int
-    is_word: bool
+    is_shared: bool
     times: int
 
 
 _LOOP = re.compile(r"scf\.for .* = %c(\d+)_i\d+ to %c(\d+)_i\d+ step %c(\d+)_i\d+")
-_IN_IR = re.compile(r"tt\.(load|store) .*: (?:tensor<(\d+(?:x\d+)*)x)?!tt\.ptr<([a-z]+)(\d+)>")
+_IN_IR = re.compile(r"tt\.(load|store) (%[\w.]+).*: (?:tensor<(\d+(?:x\d+)*)x)?!tt\.ptr<[a-z]+(\d+)>")
+_POINTER = re.compile(r"(%[\w.]+) = tt\.(?:addptr|splat|broadcast) (%[\w.]+)")
+_SHARED = re.compile(r"%(mask_ptr|scale_ptr|scale_ptrs\.\d+)$")
 
 
 @functools.cache
 def ir_accesses(one: Build, target: str) -> list[Access]:
     """Accesses of a program whose block is whole: those of others (after `else`, in `while`) are left out."""
-    flags, has_mask = dict(one.flags), "mask_ptr" in dict(one.pointers)
     text = compiled(one, target).asm["ttir"]
     # Of these numbers only the lower halves are loaded.
     halved = set(re.findall(r"arith\.trunci (%\S+) : i64 to i32", text))
+    # The argument that a pointer has been made of.
+    origin: dict[str, str] = {}
     found = []
     # Open regions: how far their first line is indented, whether a whole block comes there, how often.
     regions: list[tuple[int, bool, int]] = []
@@ -264,26 +279,34 @@ def ir_accesses(one: Build, target: str) -> list[Access]:
         elif loop := _LOOP.search(line):
             first, last, step = map(int, loop.groups())
             regions.append((indent, True, (last - first) // step))
+        elif match := _POINTER.search(line):
+            origin[match[1]] = origin.get(match[2], match[2])
         elif (match := _IN_IR.search(line)) and all(region[1] for region in regions):
-            kind, shape, letter, bits = match.groups()
+            kind, pointer, shape, bits = match.groups()
             elements = None if shape is None else math.prod(map(int, shape.split("x")))
-            is_word = has_mask and letter == "i" and elements == flags.get("BLOCK") and kind == "load"
+            is_shared = _SHARED.match(origin.get(pointer, pointer)) is not None and elements is not None
             times = math.prod(region[2] for region in regions)
             size = int(bits) // 16 if line.split()[0] in halved else int(bits) // 8
-            found.append(Access(kind, elements, size, is_word, times))
+            found.append(Access(kind, elements, size, is_shared, times))
     return found
 
 
 def accesses(one: Build, target: str) -> Accesses:
-    """Accesses of a lane to arrays on the main path, without what all lanes share: tables, coefficients, mask words."""
+    """Accesses of a lane to arrays on the main path, without what lanes share: tables, coefficients, masks, scales."""
     path, _ = main_path(one, target)
     found = [_access(i, target) for i in path if _is_to_array(i, one, target)]
     loads, stores = (Counter(width for kind, width in found if kind == side) for side in ("load", "store"))
     if target in NVIDIA:
         loads -= Counter(a.bytes for a in ir_accesses(one, target) if a.kind == "load" and a.elements is None)
-    if is_over_blocks(one) and "mask_ptr" in dict(one.pointers):
+    if is_over_blocks(one):
         # All other accesses are wider, or would show among the stores.
-        del loads[4]
+        pointers = dict(one.pointers)
+        if "mask_ptr" in pointers:
+            del loads[4]
+        if "scale_ptr" in pointers or "scale_ptrs" in pointers:
+            del loads[2]
+        if "scale_ptrs" in pointers:
+            del stores[2]
     return Accesses(loads, stores)
 
 
@@ -299,21 +322,20 @@ def counted_bytes(one: Build, target: str) -> float:
     repeated = {(a.kind, a.elements, a.bytes) for a in arrays if a.times > 1}
     # What is loaded ahead of a loop's first round is not loaded in its last.
     arrays = [a for a in arrays if a.times > 1 or (a.kind, a.elements, a.bytes) not in repeated]
-    return sum(a.elements * a.bytes * a.times / (32 if a.is_word else 1) for a in arrays) / elements(one)
+    return sum(a.elements * a.bytes * a.times / (32 if a.is_shared else 1) for a in arrays) / elements(one)
 
 
 def bytes_per_parameter(one: Build, target: str) -> float:
     """What a kernel moves for each element.
 
     From the instructions where each element is one lane's. Elsewhere, where instructions run several times, from the
-    accesses in Triton's IR, of which they are made.
+    accesses in Triton's IR, of which they are made; as are words of masks, and scales, which lanes share.
     """
     if not is_over_blocks(one):
         return counted_bytes(one, target)
     found = accesses(one, target)
-    return total(found.loads + found.stores) * one.lanes / elements(one) + (
-        1 / 8 if "mask_ptr" in dict(one.pointers) else 0
-    )
+    shared = sum(a.bytes for a in ir_accesses(one, target) if a.is_shared)
+    return total(found.loads + found.stores) * one.lanes / elements(one) + shared / 32
 
 
 def total(widths: Counter) -> int:
@@ -324,13 +346,14 @@ def total(widths: Counter) -> int:
 
 
 def instructions_per_parameter(one: Build, target: str) -> float:
-    """Instructions that lanes of an NVIDIA GPU execute for each element of a whole block."""
+    """Instructions that lanes execute for each element of a whole block; on AMD without the scalar unit's."""
     path, loops = main_path(one, target)
-    count = len(path)
+    counts = [target in NVIDIA or not i.name.startswith("s_") for i in path]
+    count = sum(counts)
     if loops:
         ((first, last),) = loops
         rounds = _rounds(one, target, path, first, last)
-        count += (rounds - 1) * (last - first + 1)
+        count += (rounds - 1) * sum(counts[first : last + 1])
     return count * one.lanes / elements(one)
 
 
@@ -342,7 +365,7 @@ def _rounds(one: Build, target: str, path: list[Instruction], first: int, last: 
     def of_ir(is_repeated: bool) -> float:
         """Bytes of a lane, in a round or outside."""
         chosen = [a for a in loads if (a.times > 1) == is_repeated]
-        return sum(a.bytes * (a.elements / one.lanes if a.elements and not a.is_word else 1) for a in chosen)
+        return sum(a.bytes * (a.elements / one.lanes if a.elements and not a.is_shared else 1) for a in chosen)
 
     inside, everything = (
         sum(width for kind, width in (_access(i, target) for i in part) if kind == "load")

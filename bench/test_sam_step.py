@@ -8,13 +8,13 @@ import math
 import pytest
 
 from .harness import Case
-from .traffic import BF16, PRECISIONS, STEPS
+from .traffic import ALL, BF16, STEPS
 from .workloads import IMPLEMENTATIONS, MODELS, is_installed, make_parameters
 
 CASES = [
     pytest.param(model, precision, implementation, id=f"{model}-{precision.name}-{implementation.name}")
     for model in MODELS
-    for precision in PRECISIONS
+    for precision in ALL
     for implementation in IMPLEMENTATIONS
     if precision in implementation.precisions and (model != "TinyLlama-1.1B" or precision == BF16)
 ]

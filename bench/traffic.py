@@ -9,25 +9,53 @@ import torch
 
 @dataclass(frozen=True)
 class Precision:
-    """What weights and gradients are kept in; moments are fp32 beside master weights, else of the weights' type."""
+    """What weights and gradients are kept in; moments are fp32 beside master weights, else of the weights' type.
+
+    Attributes:
+        master: whether there are master weights.
+        is_short: whether these have 24 bits; moments are codes of 8 bits then, and backups count steps in 8 bits.
+    """
 
     name: str
     dtype: torch.dtype
     master: bool = False
+    is_short: bool = False
 
     @property
     def bytes(self) -> int:
         return self.dtype.itemsize
 
     @property
-    def moment_bytes(self) -> int:
+    def moment_bytes(self) -> float:
+        """With the scale of two bytes that 32 codes share."""
+        if self.is_short:
+            return 1 + 2 / 32
         return 4 if self.master else self.bytes
+
+    @property
+    def remainder_bytes(self) -> int:
+        """Of master weights: what their rounding loses."""
+        return (1 if self.is_short else 2) if self.master else 0
+
+    @property
+    def options(self) -> dict[str, object]:
+        """What an optimizer of this package takes; one that perturbs has a backup's format besides."""
+        if self.is_short:
+            return {"master_weights": "24bit", "state_format": "8bit"}
+        return {"master_weights": self.master}
+
+    @property
+    def backup_options(self) -> dict[str, object]:
+        return {"backup_format": "8bit"} if self.is_short else {}
 
 
 FP32 = Precision("fp32", torch.float32)
 BF16 = Precision("bf16", torch.bfloat16)
 MASTER = Precision("bf16+master", torch.bfloat16, master=True)
+SHORT = Precision("bf16+8-bit", torch.bfloat16, master=True, is_short=True)
+# What others than this package's optimizers can do, and all.
 PRECISIONS = (FP32, BF16, MASTER)
+ALL = (*PRECISIONS, SHORT)
 
 
 @dataclass(frozen=True)
@@ -57,24 +85,25 @@ def dots(first: int, second: int) -> Traffic:
     return Traffic(read=first + second)
 
 
-def perturb(precision: Precision, direction: int | None = None) -> Traffic:
-    """Gradient, or whatever has so many bytes, read; weights moved; clean weights kept."""
+def perturb(precision: Precision, direction: float | None = None) -> Traffic:
+    """Gradient, or whatever has so many bytes, read; weights moved; clean weights kept, or how far they are."""
     b = precision.bytes
-    return Traffic(read=b if direction is None else direction, updated=b, written=b)
+    return Traffic(read=b if direction is None else direction, updated=b, written=1 if precision.is_short else b)
 
 
 def descend(precision: Precision) -> Traffic:
     """Gradient and clean weights read, weights written, both moments updated, and the remainder of master weights."""
-    b = precision.bytes
-    remainder = 2 if precision.master else 0
-    return Traffic(read=2 * b, updated=2 * precision.moment_bytes + remainder, written=b)
+    b, lanes = precision.bytes, 2 * precision.moment_bytes + precision.remainder_bytes
+    if precision.is_short:
+        # The clean weights are found from the perturbed ones.
+        return Traffic(read=b + 1, updated=b + lanes)
+    return Traffic(read=2 * b, updated=lanes, written=b)
 
 
 def adamw(precision: Precision) -> Traffic:
     """`descend` from weights that are not perturbed."""
     b = precision.bytes
-    remainder = 2 if precision.master else 0
-    return Traffic(read=b, updated=b + 2 * precision.moment_bytes + remainder)
+    return Traffic(read=b, updated=b + 2 * precision.moment_bytes + precision.remainder_bytes)
 
 
 def mask_words() -> Traffic:

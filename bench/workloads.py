@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from fsam_triton import FSAM, AdamWL2SP, FisherMask, MomentumSAM
 
 from .baselines import LR, RHO, CompiledSAM, EagerSAM, MasterAdamW
-from .traffic import BF16, FP32, PRECISIONS, Precision
+from .traffic import ALL, BF16, FP32, PRECISIONS, Precision
 
 Shapes = list[tuple[int, ...]]
 Step = Callable[[], object]
@@ -100,7 +100,7 @@ def is_installed(package: str) -> bool:
 
 def _fsam(params: Sequence[Parameter], precision: Precision, **arguments: object) -> Step:
     """Both halves of FSAM's step, whose second gradients are the first ones again, where a backward pass puts them."""
-    optimizer = FSAM(params, lr=LR, rho=RHO, master_weights=precision.master, **arguments)
+    optimizer = FSAM(params, lr=LR, rho=RHO, **precision.options, **precision.backup_options, **arguments)
     given = [p.grad for p in params]
     # GSAM keeps the first gradients, so the second ones need memory of their own.
     second = [grad.clone() for grad in given] if "alpha" in arguments else given
@@ -118,9 +118,9 @@ def _fsam(params: Sequence[Parameter], precision: Precision, **arguments: object
 
 def _single(kind: type[AdamWL2SP | MomentumSAM]) -> Callable[[Sequence[Parameter], Precision], Step]:
     def build(params: Sequence[Parameter], precision: Precision) -> Step:
-        optimizer = kind(params, lr=LR, master_weights=precision.master)
         if kind is AdamWL2SP:
-            return optimizer.step
+            return kind(params, lr=LR, **precision.options).step
+        optimizer = kind(params, lr=LR, **precision.options, **precision.backup_options)
         # There is no module whose forward pass would begin.
         return lambda: (optimizer.perturb(), optimizer.step())
 
@@ -180,7 +180,7 @@ class Implementation:
 
 _PLAIN = (FP32, BF16)
 IMPLEMENTATIONS = (
-    Implementation("FSAM", "SAM", _fsam, 4),
+    Implementation("FSAM", "SAM", _fsam, 4, ALL),
     Implementation(
         "FSAM, rounding to nearest", "SAM", lambda *args: _fsam(*args, stochastic_rounding=False), 4, (BF16,)
     ),
@@ -193,7 +193,7 @@ IMPLEMENTATIONS = (
     ),
     Implementation("FSAM with alpha", "GSAM", lambda *args: _fsam(*args, alpha=0.4), 5),
     Implementation("pytorch_optimizer GSAM over fused AdamW", "GSAM", _published_gsam, 5, _PLAIN, "pytorch_optimizer"),
-    Implementation("MomentumSAM", "momentum-SAM", _single(MomentumSAM), 4),
-    Implementation("AdamWL2SP", "AdamW", _single(AdamWL2SP), 3),
+    Implementation("MomentumSAM", "momentum-SAM", _single(MomentumSAM), 4, ALL),
+    Implementation("AdamWL2SP", "AdamW", _single(AdamWL2SP), 3, ALL),
     Implementation("torch.optim.AdamW, fused", "AdamW", lambda *args: _adamw(*args, fused=True).step, 3),
 )

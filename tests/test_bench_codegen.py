@@ -107,8 +107,11 @@ def train(method: str, precision: str, launches: list) -> list:
     """What a step of a method launches."""
     cls, arguments, step = OPTIMIZERS[method]
     weight, master = PRECISIONS[precision]
+    formats = {"master_weights": f"{master}bit" if master else False}
+    if master == 24:
+        formats |= {"state_format": "8bit"} | ({} if cls is AdamWL2SP else {"backup_format": "8bit"})
     p = torch.nn.Parameter(torch.ones(64, 320, dtype=TYPES[weight]))
-    optimizer = cls([("layer.weight", p)], master_weights=master, **arguments)
+    optimizer = cls([("layer.weight", p)], **formats, **arguments)
 
     def closure():
         p.grad = torch.ones_like(p)
@@ -178,7 +181,7 @@ def test_occupancy_follows_from_registers_blocks_and_shared_memory(target, block
 
 def test_latency_that_loads_in_flight_hide():
     """Little's law: 25 KB on each of 132 processors are in flight for a microsecond at 3.3 TB/s."""
-    assert codegen.Device("sm_90", 3.3e12, 132).hidden_latency(25_000) == pytest.approx(1e-6)
+    assert codegen.Device("sm_90", 3.3e12, 132, 1e9).hidden_latency(25_000) == pytest.approx(1e-6)
 
 
 def figures(moved: float, instructions: float) -> codegen.Figures:
@@ -198,6 +201,8 @@ def test_share_of_the_bandwidth_is_what_instructions_leave():
     device = codegen.Device("sm_90", 1e12, 100, 1e9)
     assert device.share(4, 16) == 1.0
     assert device.share(4, 4 * 12.8 * 2) == pytest.approx(0.5)
+    # Two passes, of which one waits for its bytes, and the other one for its instructions.
+    assert device.seconds([figures(4.0, 16.0), figures(4.0, 8 * 12.8)]) == pytest.approx(4e-12 + 8e-12)
 
 
 @pytest.mark.parametrize(("instructions", "is_kept"), [(1.0, True), (1000.0, False)])
@@ -233,12 +238,12 @@ def test_page_quotes_the_committed_report(block):
 
 
 def test_page_quotes_all_tables_but_the_list_of_all_configurations():
-    assert [block.id for block in quoted()] == ["1", "2", "3", "4", "5"]
-    assert list(tables()) == ["1", "2", "3", "4", "5", "6"]
+    assert [block.id for block in quoted()] == ["1", "2", "3", "4", "5", "6"]
+    assert list(tables()) == ["1", "2", "3", "4", "5", "6", "7"]
 
 
 def test_committed_report_has_every_configuration():
-    listed = re.findall(r"^([\w-]+) \((.*)\)$", tables()["6"], re.M)
+    listed = re.findall(r"^([\w-]+) \((.*)\)$", tables()["7"], re.M)
     assert dict(listed) == {one.name: "; ".join(launchers) for one, launchers in CONFIGURATIONS.items()}
 
 

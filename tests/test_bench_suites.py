@@ -77,7 +77,12 @@ def test_room_is_enough_for_what_a_step_takes(implementation):
 
 @pytest.mark.parametrize(
     ("precision", "norm", "perturb", "descend"),
-    [(traffic.FP32, 4, 16, 28), (traffic.MASTER, 2, 8, 26), (traffic.BF16, 2, 8, 14)],
+    [
+        (traffic.FP32, 4, 16, 28),
+        (traffic.MASTER, 2, 8, 26),
+        (traffic.BF16, 2, 8, 14),
+        (traffic.SHORT, 2, 7, 13.25),
+    ],
     ids=lambda value: getattr(value, "name", None),
 )
 def test_a_sam_step_moves_the_bytes_that_the_passes_do(precision, norm, perturb, descend):

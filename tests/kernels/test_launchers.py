@@ -59,7 +59,7 @@ def call(one: kb.Build) -> tuple:
         return [torch.zeros(n, dtype=dtype) for n in plan.lengths]
 
     def lane(name: str):
-        size = plan.size // 32 if name == "mask_ptr" else plan.size
+        size = plan.size // 32 if name in ("mask_ptr", "scale_ptr") else plan.size
         return torch.zeros(size, dtype=kb.DTYPES[pointers[name]]) if name in pointers else None
 
     def coefficients(columns) -> torch.Tensor:
@@ -76,14 +76,16 @@ def call(one: kb.Build) -> tuple:
         other=tensors("other_ptr") if "other_ptr" in pointers else None,
     )
     if one.kernel is norm.norm_kernel:
-        return norm.norm_sq, given, "weight_ptr" in pointers, lane("mask_ptr")
+        return norm.norm_sq, given, "weight_ptr" in pointers, lane("mask_ptr"), lane("scale_ptr")
     if one.kernel is perturb.perturb_kernel:
         coef, options = coefficients(spec.PERTURB), (flags["ADAPTIVE"], flags["STOCHASTIC"], flags["RANDOM"])
-        return perturb.perturb_, given, lane("backup_ptr"), lane("mask_ptr"), coef, key, *options
+        return perturb.perturb_, given, lane("backup_ptr"), lane("mask_ptr"), coef, key, *options, lane("scale_ptr")
     state = [torch.zeros(plan.size, dtype=kb.DTYPES[name]) for name in pointers["state_ptrs"]]
     others = (lane(f"{name}_ptr") for name in ("remainder", "anchor", "ema", "orthogonal"))
     coef = coefficients(spec.DESCEND[flags["RULE"]])
-    return descend.descend_, given, state, *others, coef, key, flags["RULE"], flags["STOCHASTIC"]
+    scales = [torch.zeros(plan.size // 32, dtype=kb.DTYPES[name]) for name in pointers.get("scale_ptrs", ())]
+    options = (flags["RULE"], flags["STOCHASTIC"], scales, lane("steps_ptr"))
+    return descend.descend_, given, state, *others, coef, key, *options
 
 
 @pytest.mark.parametrize("one", BUILDS, ids=lambda one: one.name)
