@@ -30,7 +30,7 @@ from fsam_triton import FSAM, AdamWL2SP, MomentumSAM
 from .baselines import LR, RHO, EagerSAM, MasterAdamW
 from .conftest import processor
 from .memory import Memory, build_and_measure
-from .traffic import BF16, FP32, MASTER, Precision
+from .traffic import ALL, BF16, Precision
 from .workloads import is_installed
 
 TOKENS = 8
@@ -53,8 +53,8 @@ def one_billion_decoder() -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Precision, ...]]] = {
-    "MiniLM": (packaged_minilm, (FP32, BF16, MASTER)),
-    "BERT-base": (lambda: BertModel(BertConfig(), add_pooling_layer=False), (FP32, BF16, MASTER)),
+    "MiniLM": (packaged_minilm, ALL),
+    "BERT-base": (lambda: BertModel(BertConfig(), add_pooling_layer=False), ALL),
     "1 B decoder": (one_billion_decoder, (BF16,)),
 }
 
@@ -89,7 +89,8 @@ def adamw(params: Sequence[nn.Parameter], precision: Precision, **how: bool) -> 
 
 
 def fsam(model: nn.Module, precision: Precision, **arguments: object) -> Loop:
-    optimizer = FSAM(model.parameters(), lr=LR, rho=RHO, master_weights=precision.master, **arguments)
+    formats = {**precision.options, **precision.backup_options}
+    optimizer = FSAM(model.parameters(), lr=LR, rho=RHO, **formats, **arguments)
     return Loop(model, 2, optimizer.perturb, optimizer.step)
 
 
@@ -107,7 +108,8 @@ def published(model: nn.Module, precision: Precision) -> Loop:
 
 
 def single(model: nn.Module, precision: Precision, kind: type[AdamWL2SP]) -> Loop:
-    return Loop(model, 1, after=kind(model.parameters(), lr=LR, master_weights=precision.master).step)
+    formats = precision.options if kind is AdamWL2SP else {**precision.options, **precision.backup_options}
+    return Loop(model, 1, after=kind(model.parameters(), lr=LR, **formats).step)
 
 
 LOOPS: dict[str, Callable[[nn.Module, Precision], Loop]] = {
@@ -159,7 +161,7 @@ def measure(model: nn.Module, loops: dict[str, Loop], tokens: Tensor, rounds: in
 def in_place(model: nn.Module, precision: Precision, rounds: int) -> float:
     """Seconds of FSAM's passes over gradients that are there already."""
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = FSAM(params, lr=LR, rho=RHO, master_weights=precision.master)
+    optimizer = FSAM(params, lr=LR, rho=RHO, **precision.options, **precision.backup_options)
     grads = [torch.full_like(p, 1e-3) for p in params]
     seconds = []
     for _ in range(rounds + 2):
@@ -246,7 +248,7 @@ def render(page: str, results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16", "bf16+master"])
+    parser.add_argument("--precisions", nargs="+", default=[precision.name for precision in ALL])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory_batch", type=int, nargs=2, default=(16, 128), help="texts and tokens; 0 0 for none")
     parser.add_argument("--write", type=Path, help="a JSON file for the figures")

@@ -19,7 +19,7 @@ from ..kernels import spec
 from .rules import Rule
 
 # Entries that torch.optim's load_state_dict makes floats of.
-_INTEGERS = ("mask", "index", "remainder", *spec.CODED)
+_INTEGERS = ("mask", "index", "remainder")
 
 
 def checked_groups(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -71,7 +71,7 @@ def checked_state(
             # torch.optim.SGD has written None where there is no momentum.
             if value is None and name not in required:
                 continue
-            _check_value(f"{label}, {name!r}", name, value)
+            _check_value(f"{label}, {name!r}", name, value, is_coded=f"{name}_scale" in entry)
             if name != "step":
                 lanes.check_entry(i, name, value)
         # A state of some weights is one of all weights where these are all that there are.
@@ -96,12 +96,15 @@ def _check_names(label: str, entry: Any, required: tuple[str, ...]) -> None:
     check(not unknown, label, unknown, f"may have 'step', {', '.join(map(repr, SHOWN))}")
 
 
-def _check_value(label: str, name: str, value: Any) -> None:
+def _check_value(label: str, name: str, value: Any, is_coded: bool) -> None:
     if name == "step":
         fits = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
         check(fits and float(value) >= 0, label, value, "must be a number >= 0")
         return
     fits = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-    fits = fits and (value.is_floating_point() or (name in _INTEGERS and not value.is_complex()))
+    # Codes of 8 bits have their scales beside them.
+    codes = torch.int8 if spec.CODED.get(name) else torch.uint8
+    is_code = is_coded and fits and value.dtype == codes
+    fits = fits and (value.is_floating_point() or is_code or (name in _INTEGERS and not value.is_complex()))
     kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
     check(fits, label, kind, "must be a dense tensor of floats")

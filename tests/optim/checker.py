@@ -151,7 +151,8 @@ class Checker:
             self.oracle.ambiguous |= self.oracle.mask is not None
         self.oracle.climb(self._unscaled(scale))
         self.grads = dict.fromkeys(self.grads)
-        self.perturbed = True
+        # Of the tensors that ESAM draws, none may have had a gradient.
+        self.perturbed = self.main.optimizer.perturbed if self.oracle.draws_tensors else True
         self._compare_shown()
 
     def _descend(self, skip: bool, scale: float) -> None:

@@ -46,6 +46,7 @@ class Oracle(ReferenceFSAM):
         self.schedule = options.get("schedule", Schedule())
         self.rho_of = lambda step, entry: self._rho(entry.group)
         self.draws = "beta" in options
+        self.draws_tensors = self.draws and options.get("beta_per") == "tensor"
         self.rounds = program.dtype == torch.bfloat16
         self.groups = list({id(entry.group): entry.group for entry in self.entries}.values())
         self.frozen: set[str] = set()
