@@ -47,6 +47,10 @@ SHOWN = {
 SCALES = {f"{name}_scale": name for name in spec.CODED}
 
 
+# Elements that are put back at a time.
+_PART = 1 << 22
+
+
 @dataclass(frozen=True, eq=False)
 class Member:
     """A parameter and what its optimizer calls it.
@@ -378,9 +382,16 @@ class Lanes:
             return
         memory = self.memory()
         with torch.no_grad():
-            # One after the other, for there may be no memory for all.
             for i in which:
-                memory[i].detach().copy_(self.backup(i))
+                weight = memory[i].detach()
+                if weight.stride() != self.strides[i]:
+                    weight.copy_(self.backup(i))
+                    continue
+                # In parts, for there may be no memory for more.
+                flat = weight.as_strided((weight.numel(),), (1,))
+                own = self.plan.part(self.lanes["backup"], i)
+                for part, steps in zip(flat.split(_PART), own.split(_PART), strict=True):
+                    part.copy_(replace(part, steps))
         self._tell([self.params[i] for i in which])
 
     def exact(self, i: int) -> Tensor:

@@ -94,6 +94,16 @@ class SparseLanes(Lanes):
                 self.params[i].detach().copy_(target)
         self._tell([self.params[i] for i in which])
 
+    def restore(self, which: Sequence[int]) -> None:
+        """Put the clean weights back into these parameters, which are perturbed."""
+        if self.counts_steps:
+            flat = torch.zeros(self.plan.size, dtype=self.dtype, device=self.device)
+            for i in which:
+                self.plan.part(flat, i).copy_(self.backup(i))
+            self._write(flat, which)
+        else:
+            super().restore(which)
+
     def _gathered(self, sources: Sequence[Tensor], which: Sequence[int]) -> Tensor:
         """Of tensors like parameters the selected elements, in the layout of a lane with zeros elsewhere."""
         out = torch.zeros(self.plan.size, dtype=self.dtype, device=self.device)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fsam_triton import FSAM, FisherMask, MomentumSAM
+from fsam_triton import FSAM, FisherMask, FishMask, MomentumSAM
+from fsam_triton.buffers import lanes
 from tests.kernel_cases import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,6 +64,26 @@ def test_restored_weights_are_the_clean_ones(name, dtype):
     clean = training.weights()
     training.perturb(2)
     assert not torch.equal(training.weights(), clean)
+    training.optimizer.restore()
+    assert_same_bits(training.weights(), clean)
+
+
+@pytest.mark.parametrize("name", ["sam", "momentum-sam"])
+def test_selected_weights_are_restored_too(name):
+    training = Training(name, torch.bfloat16, trainable=FishMask.random(Training(name, torch.bfloat16).model, 0.3))
+    training.train(0, 2)
+    clean = training.weights()
+    training.perturb(2)
+    assert not torch.equal(training.weights(), clean)
+    training.optimizer.restore()
+    assert_same_bits(training.weights(), clean)
+
+
+def test_large_weights_are_put_back_in_parts(monkeypatch):
+    monkeypatch.setattr(lanes, "_PART", 100)
+    training = Training("sam", torch.bfloat16)
+    clean = training.weights()
+    training.perturb(0)
     training.optimizer.restore()
     assert_same_bits(training.weights(), clean)
 
