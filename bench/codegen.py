@@ -225,18 +225,20 @@ def share_table(source: Source) -> str:
     """How much of the bandwidth instructions leave to the passes that steps make."""
     shown = ("sm_90", "sm_100", "gfx942")
     lines = ["4. Instructions of an element, and the part of the bandwidth that they leave to each pass"]
-    header = "".join(f"{target:>7}" for target in shown) + "".join(f"{name:>11}" for name in DEVICES)
-    lines.append(f"{'':68}{'bytes':>8}{header}")
+    short = [name.split()[0] for name in DEVICES]
+    header = "".join(f"{target:>7}" for target in shown) + "".join(f"{name:>{max(6, len(name) + 1)}}" for name in short)
+    lines.append(f"{'':66}{'bytes':>7}{header}")
     for one in configurations():
         if is_over_segments(one):
             found = {target: source(one, target) for target in COUNTED}
             cells = [f"{found[target].instructions:7.1f}" for target in shown]
-            for device in DEVICES.values():
+            for name, device in zip(short, DEVICES.values(), strict=True):
                 own = found[device.target]
-                cells.append(f"{device.share(own.bytes_per_parameter, own.instructions):11.0%}")
-            lines.append(f"{one.name:68}{found['sm_90'].bytes_per_parameter:8g}" + "".join(cells))
+                share = device.share(own.bytes_per_parameter, own.instructions)
+                cells.append(f"{share:{max(6, len(name) + 1)}.0%}")
+            lines.append(f"{one.name:66}{found['sm_90'].bytes_per_parameter:7g}" + "".join(cells))
     kept = " ".join(over_budget(source)) or "Every pass keeps it."
-    lines.append(f"Budget: {_said(BUDGET)}; with 8-bit formats {_said(BUDGET_OF_8_BITS)}. {kept}")
+    lines.append(f"Budget: {_said(BUDGET)}; with 8-bit formats {_said(BUDGET_OF_8_BITS)}.\n{kept}")
     return "\n".join(lines)
 
 
