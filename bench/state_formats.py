@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -249,23 +248,18 @@ def show_gpt(steps: int, seeds: int) -> None:
     ways = {
         "fp32, fp32 state": (FP32, {}),
         "fp32, 8-bit state": (FP32, {"state_format": "8bit"}),
-        "fp32, bf16 state": (FP32, {"state_format": "bf16"}),
         "bf16, fp32 state, 32-bit masters": (BF16, {"master_weights": "32bit"}),
         "bf16, 8-bit state, 24-bit masters": (BF16, SMALL),
     }
-    print(f"3. GPT of 0.6 M weights, {steps} steps on the packaged news: validation loss per byte, {seeds} seeds")
+    print(f"3. GPT of 0.6 M weights, {steps} steps on the packaged news: validation loss per byte, seeds: {seeds}")
     print(f"{'':40}{'mean':>8}{'less than the first':>21}  seeds")
     first: list[float] = []
     for name, (dtype, arguments) in ways.items():
-        start = time.perf_counter()
         losses = [train_gpt(dtype, steps, seed, **arguments) for seed in range(seeds)]
         first = first or losses
         change = sum(a - b for a, b in zip(first, losses, strict=True)) / seeds
         shown = " ".join(f"{loss:.4f}" for loss in losses)
-        print(
-            f"{name:40}{sum(losses) / seeds:8.4f}{change:21.4f}  {shown}  ({time.perf_counter() - start:.0f} s)",
-            flush=True,
-        )
+        print(f"{name:40}{sum(losses) / seeds:8.4f}{change:21.4f}  {shown}", flush=True)
     print()
 
 
@@ -273,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", default=["codes", "memory", "gpt"], help="codes, memory, gpt")
     parser.add_argument("--steps", type=int, default=2000, help="of the GPT")
-    parser.add_argument("--seeds", type=int, default=2, help="of the GPT")
+    parser.add_argument("--seeds", type=int, default=1, help="of the GPT")
     args = parser.parse_args()
     tables = {"codes": show_codes, "memory": show_memory, "gpt": lambda: show_gpt(args.steps, args.seeds)}
     for name in args.tables:
