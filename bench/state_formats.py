@@ -305,7 +305,7 @@ def show_tasks(data: str, film_reviews: Path | None) -> None:
     print(
         f"4. SAM of MiniLM on 100 texts of {data}, {len(SEEDS)} seeds: test accuracy, and how it differs from the first"
     )
-    print(f"{'':40}{'accuracy':>9}{'difference':>12}{'standard error':>16}{'loss':>8}")
+    print(f"{'':40}{'accuracy':>9}{'change':>12}{'standard error':>16}{'loss':>8}")
     first: list[float] = []
     for name, options in ways.items():
         figures = accuracies(task, data, options)
