@@ -187,7 +187,7 @@ class SharpnessAwareMixin:
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Pass a micro-batch, as `transformers.Trainer.training_step`; after the last one of a step, all anew.
+        """Pass a micro-batch, as `transformers.Trainer.training_step`; after the last one of a step, all again.
 
         Returns:
             The loss at the clean weights.
@@ -205,7 +205,7 @@ class SharpnessAwareMixin:
                 with _statistics_kept(model), _tallies_kept(self):
                     self._pass_again(model)
         except BaseException:
-            # Trainer catches some itself (auto_find_batch_size) and goes on.
+            # Trainer catches some itself (auto_find_batch_size) and continues.
             self._passed.clear()
             optimizer.restore()
             raise

@@ -52,7 +52,7 @@ class FSAM(TwoPass, FusedOptimizer):
         mask_norm: ``"all"``: norm over all coordinates, as published; ``"masked"``: over the perturbed ones, which
             makes eps as long as rho (default: ``"all"``).
         alpha: GSAM's weight of the surrogate gap, >= 0; needs memory for a second gradient (default: 0.0).
-        beta: ESAM's part of the weights, drawn anew for each perturbation, in (0, 1]; rounded to a multiple of 2**-15
+        beta: ESAM's part of the weights, drawn again for each perturbation, in (0, 1]; rounded to a multiple of 2**-15
             (default: 1.0).
         beta_per: what beta draws: ``"element"``, every weight by itself, or ``"tensor"``, whole tensors, at least one,
             as the published code does. Gradients of the others are then not used in the ascent, and `ascent_pass` does

@@ -37,7 +37,7 @@ def arguments_of(
         beta: the esam types' part of the tensors that is perturbed, in (0, 1].
         gamma: the esam types' part of the batch for the second gradient, in (0, 1].
         keep_ratio: the fisher types' part of the selectable weights that is perturbed, in (0, 1].
-        mask_iter_e: the fisher types choose the mask anew every so many steps, >= 1.
+        mask_iter_e: the fisher types choose the mask again every so many steps, >= 1.
         max_updates_gsam: over so many steps rho falls to rho_min on half a cosine (gsam types; default: 0, constant).
         warmup_updates_gsam: before that, rho rises over so many of these steps.
         rho_min: where rho ends (default: rho / 10, as 0.01 and 0.001 in the FSAM code).

@@ -80,7 +80,7 @@ def _norm_sq(weight: torch.dtype, grad: torch.dtype, **options: bool) -> Callabl
 
 @_or_reference
 def norm_sq(segments: Segments, adaptive: bool, mask: Tensor | None, scale: Tensor | None = None) -> Tensor:
-    """The same as `reference.norm_sq`, but for the order of additions."""
+    """The same as `reference.norm_sq`, except for the order of additions."""
     result = torch.zeros((), dtype=torch.float64)
     if segments:
         options = {"adaptive": adaptive, "masked": mask is not None, "coded": scale is not None}
@@ -96,7 +96,7 @@ def _gap(grad: torch.dtype) -> Callable[..., Any]:
 
 @_or_reference
 def gap(segments: Segments) -> Tensor:
-    """The same as `reference.gap`, but for the order of additions."""
+    """The same as `reference.gap`, except for the order of additions."""
     result = torch.zeros(3, dtype=torch.float64)
     if segments:
         function = _gap(segments.dtype("grad"))
@@ -247,7 +247,7 @@ def descend_coefficients(
     overflow: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The same as `reference.descend_coefficients`, but for the last bit of a power."""
+    """The same as `reference.descend_coefficients`, except for the last bit of a power."""
     coef, key = _coefficients(len(members), spec.DESCEND[rule], dtype)
     given = (numbers.data_ptr(), members.data_ptr(), len(members), steps.data_ptr(), _address_of(active))
     more = map(_address_of, (measured, scale, other_scale, overflow, coef, key))

@@ -56,36 +56,30 @@ class Training:
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
 
 
-@narrow
-@every_kind
-def test_restored_weights_are_the_clean_ones(name, dtype):
-    training = Training(name, dtype)
+def assert_restored(training: Training) -> None:
     training.train(0, 2)
     clean = training.weights()
     training.perturb(2)
     assert not torch.equal(training.weights(), clean)
     training.optimizer.restore()
     assert_same_bits(training.weights(), clean)
+
+
+@narrow
+@every_kind
+def test_restored_weights_are_the_clean_ones(name, dtype):
+    assert_restored(Training(name, dtype))
 
 
 @pytest.mark.parametrize("name", ["sam", "momentum-sam"])
 def test_selected_weights_are_restored_too(name):
-    training = Training(name, torch.bfloat16, trainable=FishMask.random(Training(name, torch.bfloat16).model, 0.3))
-    training.train(0, 2)
-    clean = training.weights()
-    training.perturb(2)
-    assert not torch.equal(training.weights(), clean)
-    training.optimizer.restore()
-    assert_same_bits(training.weights(), clean)
+    mask = FishMask.random(Training(name, torch.bfloat16).model, 0.3)
+    assert_restored(Training(name, torch.bfloat16, trainable=mask))
 
 
 def test_large_weights_are_put_back_in_parts(monkeypatch):
     monkeypatch.setattr(lanes, "_PART", 100)
-    training = Training("sam", torch.bfloat16)
-    clean = training.weights()
-    training.perturb(0)
-    training.optimizer.restore()
-    assert_same_bits(training.weights(), clean)
+    assert_restored(Training("sam", torch.bfloat16))
 
 
 @narrow
