@@ -113,13 +113,25 @@ def compute_type(weight: str) -> str:
     return "fp64" if weight == "fp64" else "fp32"
 
 
-def norm_build(grad: str, adaptive=False, masked=False) -> Build:
+def norm_build(grad: str, adaptive=False, masked=False, along="gradient", lane: str | None = None) -> Build:
+    """`norm_sq` of gradients of a type, or of what is made of them and a lane of a type (default: the gradients')."""
+    lane = None if along == "gradient" else lane or grad
     pointers = TABLE | {"grad_ptr": grad}
     pointers |= {"weight_ptr": grad} if adaptive else {}
     pointers |= {"mask_ptr": "i32"} if masked else {}
-    pointers |= {"scale_ptr": "bf16"} if grad == "i8" else {}
-    pointers |= {"partial_ptr": "fp64"}
-    return build(norm.norm_kernel, pointers, grad, *said(adaptive=adaptive, masked=masked), **SUM)
+    pointers |= {"scale_ptr": "bf16"} if grad == "i8" or lane == "u8" else {}
+    pointers |= steering(lane, grad) | {"partial_ptr": "fp64"}
+    words = [grad, *said(adaptive=adaptive, masked=masked), *along_words(along, lane, grad)]
+    return build(norm.norm_kernel, pointers, *words, ALONG=along, **SUM)
+
+
+def steering(lane: str | None, weight: str) -> dict[str, str]:
+    """What directions other than the gradient are made of."""
+    return {} if lane is None else {"lane_ptr": lane, "along_ptr": compute_type(weight)}
+
+
+def along_words(along: str, lane: str | None, weight: str) -> list[str]:
+    return [] if lane is None else [along, *([f"of_{lane}"] if lane != weight else [])]
 
 
 def gap_build(dtype: str) -> Build:
@@ -128,19 +140,37 @@ def gap_build(dtype: str) -> Build:
 
 
 def perturb_build(
-    weight: str, grad: str | None = None, masked=False, adaptive=False, stochastic=True, random=False, steps=False
+    weight: str,
+    grad: str | None = None,
+    masked=False,
+    adaptive=False,
+    stochastic=True,
+    random=False,
+    steps=False,
+    along="gradient",
+    lane: str | None = None,
 ) -> Build:
-    """`perturb_` of weights of a type along gradients of one (default: the same); with a backup of steps, or not."""
+    """`perturb_` of weights of a type.
+
+    Args:
+        grad: type of the gradients (default: the weights').
+        steps: whether the backup has steps.
+        along, lane: what is made of gradients and a lane of a type (default: the weights').
+        masked, adaptive, stochastic, random: whether they are on.
+    """
+    lane = None if along == "gradient" else lane or weight
     grad, stochastic = grad or weight, stochastic and SIZES[weight] == 2
     backup = "i8" if steps else weight
     pointers = {"weight_ptr": weight, "grad_ptr": grad, "backup_ptr": backup}
     pointers |= {"mask_ptr": "i32"} if masked else {}
-    pointers |= {"scale_ptr": "bf16"} if grad == "i8" else {}
+    pointers |= {"scale_ptr": "bf16"} if grad == "i8" or lane == "u8" else {}
+    pointers |= steering(lane, weight)
     pointers |= {"coef_ptr": compute_type(weight), "key_ptr": "i32"}
-    words = [weight, *([f"by_{grad}"] if grad != weight else [])]
+    words = [weight, *([f"by_{grad}"] if grad != weight else []), *along_words(along, lane, weight)]
     words += said(masked=masked, adaptive=adaptive, stochastic=stochastic, random=random, steps=steps)
-    flags = {"ADAPTIVE": adaptive, "STOCHASTIC": stochastic, "RANDOM": random}
-    return over_blocks(perturb.perturb_kernel, pointers, (weight, grad, backup), *words, **flags)
+    flags = {"ALONG": along, "ADAPTIVE": adaptive, "STOCHASTIC": stochastic, "RANDOM": random}
+    arrays = (weight, grad, backup, *([] if lane is None else [lane]))
+    return over_blocks(perturb.perturb_kernel, pointers, arrays, *words, **flags)
 
 
 def descend_build(
@@ -165,7 +195,7 @@ def descend_build(
         anchor, stochastic, other, ema, steps: whether they are there.
     """
     missing = rule == "adamw" if missing is None else missing
-    state = (moments(weight, master), *["u8" if master == 24 else moments(weight, master)] * 2)
+    state = (moments(weight, master), *[second_moments(weight, master)] * 2)
     state = state[: len(spec.STATE[rule]) - missing]
     stochastic = stochastic and SIZES[weight] == 2 and master != 32
     pointers = {"weight_ptr": weight, "clean_ptr": weight, "grad_ptr": weight}
@@ -190,6 +220,11 @@ def moments(weight: str, master: int) -> str:
     if master == 24:
         return "i8"
     return "fp32" if master or weight == "fp16" else weight
+
+
+def second_moments(weight: str, master: int) -> str:
+    """Type of a rule's other lanes."""
+    return "u8" if master == 24 else moments(weight, master)
 
 
 # -- coefficients ------------------------------------------------------------------------------------------------------
@@ -277,6 +312,9 @@ def steps(weight: str, master: int) -> dict[str, list[Build]]:
     # 8-bit backups, where weights have been perturbed.
     ascent, update = partial(perturb_build, weight, steps=master == 24), partial(descend_build, weight, master)
     back = partial(update, steps=master == 24)
+    average, second = {"along": "less_average"}, {"along": "over_root", "lane": second_moments(weight, master)}
+    if weight == "fp16":
+        average["lane"] = "fp32"
     return {
         "AdamW": [update()],
         "AdamW, clipped": [norm, update()],
@@ -295,6 +333,8 @@ def steps(weight: str, master: int) -> dict[str, list[Build]]:
         "FSAM": [norm, ascent(masked=True), back()],
         "FSAM, masked norm": [norm_build(weight, masked=True), ascent(masked=True), back()],
         "ESAM": [norm, ascent(random=True), back()],
+        "FriendlySAM": [norm_build(weight, **average), ascent(**average), back()],
+        "preconditioned SAM": [norm_build(weight, **second), ascent(**second), back()],
         "GSAM": [norm, ascent(), gap, back(other=True)],
         "LookSAM": [norm, ascent(), gap, back(keep=True)],
         "LookSAM, reused": [gap, update(other=True)],

@@ -56,6 +56,7 @@ def prelude() -> str:
             *(f"constexpr uint32_t {name} = {value}u;\n" for name, value in words.items()),
             *(f"constexpr float {name} = {float(getattr(spec, name)).hex()}f;\n" for name in ("LARGE", "SMALLEST")),
             *(f"constexpr int COMBINED_{name.upper()} = {i};\n" for i, name in enumerate(spec.COMBINED)),
+            *(f"constexpr int ALONG_{name.upper()} = {i};\n" for i, name in enumerate(spec.ALONG)),
             _structure("Segment", "int64_t", spec.TABLE),
             _structure("Member", "int64_t", spec.MEMBER),
             "namespace numbers {\n",
@@ -63,7 +64,7 @@ def prelude() -> str:
             "}\nnamespace coefficients {\n",
             *(
                 f"template <typename C>\n{_structure(name, 'C', columns)}"
-                for name, columns in {"perturb": spec.PERTURB, **spec.DESCEND}.items()
+                for name, columns in {"perturb": spec.PERTURB, "direction": spec.DIRECTION, **spec.DESCEND}.items()
             ),
             "}\n",
         ]

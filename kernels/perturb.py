@@ -7,8 +7,10 @@ import triton.language as tl
 from . import spec
 from .blocks import BLOCK, FIRST_BLOCK, GRAD, OFFSET, WEIGHT, locate, mask_bits, pointer, shape
 from .codecs import displace, load_codes
-from .rounding import high_half, random_bits, round_to, signed_low_half, widen
+from .directions import Along
+from .rounding import high_half, narrow, random_bits, round_to, signed_low_half, widen
 from .segments import Segments
+from .steering import steered
 
 _COLUMNS = tl.constexpr(len(spec.PERTURB))
 _SCALE, _CHANCE = (tl.constexpr(spec.PERTURB.index(name)) for name in ("scale", "chance"))
@@ -17,6 +19,7 @@ _SCALE, _CHANCE = (tl.constexpr(spec.PERTURB.index(name)) for name in ("scale", 
 @triton.jit
 def _block(
     first,
+    segment,
     start,
     left,
     place,
@@ -27,8 +30,12 @@ def _block(
     backup_ptr,
     mask_ptr,
     scale_ptr,
+    lane_ptr,
+    along_ptr,
+    unscale_ptr,
     coef_ptr,
     key_ptr,
+    ALONG: tl.constexpr,
     ADAPTIVE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     RANDOM: tl.constexpr,
@@ -44,13 +51,22 @@ def _block(
 
     clean = tl.load(weight_ptr + offs, mask=inside)
     grad_ptr = pointer(grad_ptr, grad_place, WHOLE)
-    if scale_ptr is not None:
+    if scale_ptr is not None and lane_ptr is None:
         g = load_codes(grad_ptr, scale_ptr, place, offs, inside).to(compute)
     else:
         g = widen(tl.load(grad_ptr + offs, mask=inside), compute)
+    scale = tl.load(coef_ptr + _SCALE)
+    if lane_ptr is not None:
+        g, before, average = steered(
+            g, segment, place, offs, inside, lane_ptr, scale_ptr, along_ptr, unscale_ptr, ALONG, WHOLE
+        )
+        if ALONG == "less_average":
+            average = tl.where(tl.abs(average) < tl.where(scale != 0, float("inf"), 0.0), average, before)
+            lane_ptr = pointer(lane_ptr, place, WHOLE)
+            tl.store(lane_ptr + offs, narrow(average, lane_ptr.dtype.element_ty), mask=inside)
     backup_ptr = pointer(backup_ptr, place, WHOLE)
     w = widen(clean, compute)
-    eps = tl.load(coef_ptr + _SCALE) * g
+    eps = scale * g
     if ADAPTIVE:
         eps *= w * w
     # Zero times an overflowed gradient is NaN.
@@ -84,19 +100,23 @@ def perturb_kernel(
     backup_ptr,
     mask_ptr,
     scale_ptr,
+    lane_ptr,
+    along_ptr,
+    unscale_ptr,
     coef_ptr,
     key_ptr,
+    ALONG: tl.constexpr,
     ADAPTIVE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     RANDOM: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """backup <- w, w <- round(w + scale s g), s = w^2 (ASAM, arXiv 2102.11600 eq. 9) or 1 (SAM, 2010.01412 eq. 2).
+    """backup <- w, w <- round(w + scale s d), s = w^2 (ASAM, arXiv 2102.11600 eq. 9) or 1 (SAM, 2010.01412 eq. 2).
 
-    A program works on one block of one segment. Where eps is not finite the weight stays. If RANDOM each coordinate
-    moves with a probability, by a draw of its own (ESAM's stochastic weight perturbation, arXiv 2110.03141, section
-    3.1).
+    d is the gradient, or what `steering.steered` makes of it and a lane. A program works on one block of one segment.
+    Where eps is not finite the weight stays. If RANDOM each coordinate moves with a probability, by a draw of its own
+    (ESAM's stochastic weight perturbation, arXiv 2110.03141, section 3.1).
 
     Args:
         table_ptr: where the segments are, int64 [segments, len(spec.TABLE)].
@@ -106,21 +126,29 @@ def perturb_kernel(
         backup_ptr: the weights' type [size], or int8 for 16-bit weights, which then move by at most 127 steps of their
             type; written.
         mask_ptr: int32 words of 32 mask bits [size / 32], only these coordinates move; or None.
-        scale_ptr: bf16 [size / 32], of gradients that are codes of a lane; or None.
+        scale_ptr: bf16 [size / 32], of gradients, or of the lane, if these are codes; or None.
+        lane_ptr: averages [size], of any float type, or codes; written if ALONG is "less_average"; or None.
+        along_ptr: [segments, len(spec.DIRECTION)], as coef_ptr; or None.
+        unscale_ptr: fp32, what gradients were multiplied with and d is not; or None.
         coef_ptr: [segments, len(spec.PERTURB)], in the compute type: fp64 for fp64 weights, else fp32.
         key_ptr: of the random numbers, int32 [segments]; read if STOCHASTIC or RANDOM.
+        ALONG: one of `spec.ALONG`.
 
-    Bytes per element: fp32 16 (read w, g; write w, backup), bf16 8, with an int8 backup 7; 1/8 with a mask.
+    Bytes per element: fp32 16 (read w, g; write w, backup), bf16 8, with an int8 backup 7; 1/8 with a mask; those of
+    the lane, twice if it is written.
     """
     segment, row, start, left, whole = locate(table_ptr, segments_ptr, FIRST_BLOCK, BLOCK)
     places = (tl.load(row + OFFSET) + start, tl.load(row + WEIGHT) + start, tl.load(row + GRAD) + start)
-    pointers = (weight_ptr, grad_ptr, backup_ptr, mask_ptr, scale_ptr, coef_ptr + segment * _COLUMNS, key_ptr + segment)
+    pointers = (weight_ptr, grad_ptr, backup_ptr, mask_ptr, scale_ptr, lane_ptr, along_ptr, unscale_ptr)
+    own = (coef_ptr + segment * _COLUMNS, key_ptr + segment)
     if whole:
-        _block(0, start, left, *places, *pointers, ADAPTIVE, STOCHASTIC, RANDOM, True, BLOCK)
+        _block(0, segment, start, left, *places, *pointers, *own, ALONG, ADAPTIVE, STOCHASTIC, RANDOM, True, BLOCK)
     else:
         first = 0
         while first < left:
-            _block(first, start, left, *places, *pointers, ADAPTIVE, STOCHASTIC, RANDOM, False, LANES)
+            _block(
+                first, segment, start, left, *places, *pointers, *own, ALONG, ADAPTIVE, STOCHASTIC, RANDOM, False, LANES
+            )
             first += LANES
 
 
@@ -134,12 +162,14 @@ def perturb_(
     stochastic: bool,
     random: bool,
     scale: torch.Tensor | None = None,
+    along: Along | None = None,
 ) -> None:
     """Launch `perturb_kernel`; arguments as `reference.perturb_`."""
     plan = segments.plan
     if not segments or not plan.blocks:
         return
     weight, grad = segments.anchor("weight"), segments.anchor("grad")
+    steering = (None, None, None) if along is None else (along.lane, along.coef, along.grad_scale)
     perturb_kernel[(plan.blocks,)](
         segments.relative(),
         plan.segment_of("blocks"),
@@ -147,13 +177,15 @@ def perturb_(
         grad,
         backup,
         mask,
-        scale,
+        scale if along is None else along.scale,
+        *steering,
         coef,
         key,
+        ALONG="gradient" if along is None else along.kind,
         ADAPTIVE=adaptive,
         STOCHASTIC=stochastic and weight.element_size() == 2,
         RANDOM=random,
         BLOCK=BLOCK,
         enable_fp_fusion=False,
-        **shape(weight, grad, backup),
+        **shape(weight, grad, backup, steering[0]),
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import spec
+from .directions import Along, direction
 from .formats import combine, decode, displace, encode, replace, split
 from .formulas import climb_coefficients as climb_coefficients
 from .formulas import descend_coefficients as descend_coefficients
@@ -93,12 +94,21 @@ def pack_mask(bits: Tensor) -> Tensor:
     return (bits.to(torch.int32) << lane).sum(1, dtype=torch.int32)
 
 
-def _direction(grad: Tensor, scale: Tensor | None) -> Tensor:
-    return grad.to(compute_dtype(grad.dtype)) if scale is None else decode(grad, scale)
+def _decoded(lane: Tensor, scale: Tensor | None) -> Tensor:
+    return lane.to(compute_dtype(lane.dtype)) if scale is None else decode(lane, scale)
 
 
-def _norm_sq(grad: Tensor, weight: Tensor | None, mask: Tensor | None, scale: Tensor | None) -> Tensor:
-    x = _direction(grad, scale)
+def _direction(segments: Segments, i: int, scale: Tensor | None, along: Along | None) -> tuple[Tensor, Tensor | None]:
+    """What segment i goes along, and the average that it is made with, if any."""
+    grad = _decoded(segments.flat("grad", i), None if scale is None else segments.plan.words(scale, i))
+    if along is None:
+        return grad, None
+    codes = None if along.scale is None else segments.plan.words(along.scale, i)
+    average = _decoded(segments.plan.part(along.lane, i), codes).to(grad.dtype)
+    return direction(along.kind, grad, average, along.coef[i], along.grad_scale)
+
+
+def _norm_sq(x: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
     if weight is not None:
         x = x * weight.to(x.dtype)
     if mask is not None:
@@ -120,10 +130,9 @@ def _gap(first: Tensor, second: Tensor) -> Tensor:
 
 def _perturb_(
     weight: Tensor,
-    grad: Tensor,
+    along: Tensor,
     backup: Tensor,
     mask: Tensor | None,
-    scale: Tensor | None,
     coef: Tensor,
     key: Tensor,
     adaptive: bool,
@@ -132,7 +141,7 @@ def _perturb_(
 ) -> None:
     c = _named(spec.PERTURB, coef)
     w = weight.to(coef.dtype)
-    eps = c.scale * _direction(grad, scale).to(coef.dtype)
+    eps = c.scale * along.to(coef.dtype)
     if adaptive:
         eps = eps * (w * w)
     moved = eps.abs() < float("inf")
@@ -253,23 +262,30 @@ def _active(segments: Segments) -> Iterator[int]:
     return (i for i, active in enumerate(segments.active) if active and segments.plan.lengths[i])
 
 
-def norm_sq(segments: Segments, adaptive: bool, mask: Tensor | None, scale: Tensor | None = None) -> Tensor:
-    """Sum of (s g)^2 over all segments, with s = abs(w) (ASAM, arXiv 2102.11600) if adaptive, else 1.
+def norm_sq(
+    segments: Segments,
+    adaptive: bool,
+    mask: Tensor | None,
+    scale: Tensor | None = None,
+    along: Along | None = None,
+) -> Tensor:
+    """Sum of (s d)^2 over all segments, with s = abs(w) (ASAM, arXiv 2102.11600) if adaptive, else 1.
 
     Args:
         segments: gradients in any float type, or codes of a lane in 8 bits; and weights.
         adaptive: scale by the weights.
         mask: int32 [size / 32], sum over these coordinates only; None for all.
         scale: bf16 [size / 32], of gradients that are codes; else None.
+        along: what d is made of; None for the gradient.
 
     Returns:
         fp64 scalar; inf or NaN if any element is, counted or not, or if the sum of a chunk overflows the compute type.
     """
     total = torch.zeros((), dtype=torch.float64, device=segments.plan.device)
     for i in _active(segments):
-        words, own = (None if lane is None else segments.plan.words(lane, i) for lane in (mask, scale))
+        words = None if mask is None else segments.plan.words(mask, i)
         weight = segments.flat("weight", i) if adaptive else None
-        total = total + _norm_sq(segments.flat("grad", i), weight, words, own)
+        total = total + _norm_sq(_direction(segments, i, scale, along)[0], weight, words)
     return total
 
 
@@ -295,8 +311,9 @@ def perturb_(
     stochastic: bool,
     random: bool,
     scale: Tensor | None = None,
+    along: Along | None = None,
 ) -> None:
-    """backup <- w, w <- round(w + scale s g), s = w^2 (ASAM, arXiv 2102.11600 eq. 9) or 1 (SAM, 2010.01412 eq. 2).
+    """backup <- w, w <- round(w + scale s d), s = w^2 (ASAM, arXiv 2102.11600 eq. 9) or 1 (SAM, 2010.01412 eq. 2).
 
     Where eps is not finite the weight stays. With `random` each coordinate moves with a probability of its own draw
     only (ESAM's stochastic weight perturbation, arXiv 2110.03141, section 3.1).
@@ -312,12 +329,17 @@ def perturb_(
         stochastic: round 16-bit weights stochastically.
         random: move a random part of the coordinates.
         scale: bf16 [size / 32], of gradients that are codes; else None.
+        along: what d is made of; None for the gradient. "less_average" writes the average, except where it is not
+            finite, and of segments whose scale is 0.
     """
     for i in _active(segments):
-        words, own = (None if lane is None else segments.plan.words(lane, i) for lane in (mask, scale))
+        words = None if mask is None else segments.plan.words(mask, i)
+        d, average = _direction(segments, i, scale, along)
         part = segments.plan.part(backup, i)
-        weight, grad = segments.flat("weight", i), segments.flat("grad", i)
-        _perturb_(weight, grad, part, words, own, coef[i], key[i], adaptive, stochastic, random)
+        _perturb_(segments.flat("weight", i), d, part, words, coef[i], key[i], adaptive, stochastic, random)
+        if along is not None and along.kind == "less_average":
+            lane, scale_of = segments.plan.part(along.lane, i), coef[i][spec.PERTURB.index("scale")]
+            lane.copy_(torch.where((scale_of != 0) & (average.abs() < float("inf")), average, lane.to(average.dtype)))
 
 
 def descend_(

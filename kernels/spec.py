@@ -28,6 +28,15 @@ TABLE = ("offset", "length", "block", "chunk", "weight", "grad", "clean", "other
 #   chance: the probability with which a coordinate moves, minus 1/2, a multiple of 2**-15; read if drawn at random
 PERTURB = ("scale", "chance")
 
+# What a perturbation goes along: the gradient, or what is made of it and a lane with an average; see `directions`.
+#   less_average: the gradient less a multiple of its average
+#   over_root: the gradient over the root of the average of its squares
+ALONG = ("gradient", "less_average", "over_root")
+# Columns of the coefficients of such a direction, one row a segment, in the compute type.
+#   rate: how fast the average follows
+#   factor: what the average is multiplied with, or what is added to the root
+DIRECTION = ("rate", "factor")
+
 # Columns of the coefficients of `descend`: those of every rule, then the rule's own.
 #   factor: of the gradient: unscaling, clipping, sign; NaN skips the update
 #   other: of the second gradient

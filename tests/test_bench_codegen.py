@@ -95,6 +95,8 @@ OPTIMIZERS: dict[str, tuple[Callable, dict, int]] = {
     "FSAM": (FSAM, {"mask": FisherMask(0.5)}, 1),
     "FSAM, masked norm": (FSAM, {"mask": FisherMask(0.5), "mask_norm": "masked"}, 1),
     "ESAM": (FSAM, {"beta": 0.5}, 1),
+    "FriendlySAM": (FSAM, {"sigma": 1.0}, 1),
+    "preconditioned SAM": (FSAM, {"preconditioned": True}, 1),
     "GSAM": (FSAM, {"alpha": 0.5}, 1),
     "LookSAM": (FSAM, {"schedule": Schedule(every=2, reuse=0.5)}, 1),
     "LookSAM, reused": (FSAM, {"schedule": Schedule(every=2, reuse=0.5)}, 2),

@@ -128,5 +128,5 @@ except ImportError:
 
 def test_importing_it_does_not_import_the_triton_kernels():
     code = "print(json.dumps([name for name in sys.modules if name.startswith('fsam_triton.kernels.')]))"
-    needs_no_triton = {"build", "cpu", "formats", "formulas", "jobs", "reference", "segments", "spec"}
+    needs_no_triton = {"build", "cpu", "directions", "formats", "formulas", "jobs", "reference", "segments", "spec"}
     assert set(in_new_process(code)) <= {f"fsam_triton.kernels.{name}" for name in needs_no_triton}

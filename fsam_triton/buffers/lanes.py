@@ -39,6 +39,7 @@ SHOWN = {
     "anchor": "first",
     "ema": "weights",
     "fisher": "zeros",
+    "ascent_avg": "zeros",
     "mask": "kept",
     "orthogonal": "zeros",
     "index": "kept",

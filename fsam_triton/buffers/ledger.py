@@ -197,16 +197,17 @@ class Ledger:
 
     @staticmethod
     def _carry_masks(lanes: Lanes, before: Mapping[Parameter, tuple[Lanes, int]]) -> None:
-        """Masks, and what they are chosen by, are chosen also for parameters that no state has been made for yet."""
+        """What an ascent keeps, it keeps also of parameters that no state has been made for yet."""
         for i, p in enumerate(lanes.params):
             old, j = before.get(p, (None, 0))
             if type(old) is not type(lanes) or old.shapes[j] != lanes.shapes[i]:
                 continue
             if "mask" in old.lanes and "mask" in lanes.lanes:
                 lanes.plan.words(lanes.lanes["mask"], i).copy_(old.plan.words(old.lanes["mask"], j))
-            if "fisher" in old.lanes:
-                lanes.lane("fisher", old.lanes["fisher"].dtype)
-                lanes.views("fisher")[i].copy_(old.views("fisher")[j])
+            for name in ("fisher", "ascent_avg"):
+                if name in old.lanes:
+                    lanes.lane(name, old.lanes[name].dtype)
+                    lanes.views(name)[i].copy_(old.views(name)[j])
 
     def collect(
         self, groups: list[dict], state: dict, with_state: bool = True

@@ -16,6 +16,8 @@ from ..buffers.ledger import Ledger
 from ..buffers.perturbed import Perturbed
 from ..buffers.sharded import OtherParts, is_sharded, sum_over_shards
 from ..errors import check
+from ..kernels import spec
+from ..kernels.directions import Along
 from ..kernels.reference import compute_dtype
 from ..kernels.segments import Segments
 from ..masks.perturbed import FisherMask
@@ -40,13 +42,14 @@ def move(
     random: bool = False,
     backup_format: str | None = None,
     scale: Tensor | None = None,
+    along: Along | None = None,
 ) -> None:
     """Perturb the parameters that have a direction; see `kernels.reference.perturb_`."""
     counts = backup_format == "8bit" and lanes.dtype.itemsize == 2
     if counts != lanes.counts_steps:
         lanes.drop("backup")
     backup = lanes.lane("backup", torch.int8 if counts else lanes.dtype)
-    ops.perturb_(segments, backup, mask, coef, key, adaptive, stochastic, random, scale)
+    ops.perturb_(segments, backup, mask, coef, key, adaptive, stochastic, random, scale, along)
     if counts and not segments.all_active:
         for i, active in enumerate(segments.active):
             if not active:
@@ -61,12 +64,12 @@ def check_backup_format(backup_format: str | None) -> None:
 
 
 class Ascent:
-    """Which weights a perturbation moves, and how far: masks over time, random draws, norms.
+    """Which weights a perturbation moves, where to, and how far: masks over time, random draws, directions, norms.
 
     Counts of ascents and radii stand in the parameter groups, so that state dicts have them.
 
     Args:
-        mask, mask_norm, beta, beta_per, backup_format: see `FSAM`.
+        mask, mask_norm, beta, beta_per, backup_format, sigma, lmbda, preconditioned: see `FSAM`.
         seed, stochastic_rounding: see `FusedOptimizer`.
         others: the processes that norms are summed over.
     """
@@ -80,7 +83,11 @@ class Ascent:
         seed: int,
         stochastic_rounding: bool,
         others: OtherParts,
+        *,
         backup_format: str | None = None,
+        sigma: float = 0.0,
+        lmbda: float = 0.9,
+        preconditioned: bool = False,
     ) -> None:
         check_backup_format(backup_format)
         check(mask is None or isinstance(mask, FisherMask), "mask", mask, "must be a FisherMask or None")
@@ -94,6 +101,13 @@ class Ascent:
             mask,
             "must be None with norm_group: it is chosen over a whole model",
         )
+        check(0 <= sigma < float("inf"), "sigma", sigma, "must be >= 0 and finite")
+        check(0 <= lmbda < 1, "lmbda", lmbda, "must be in [0, 1)")
+        single = sigma == 0 or not preconditioned
+        check(single, "sigma", sigma, "must be 0 with preconditioned: each makes a direction of its own")
+        whole = sigma == 0 or beta == 1 or beta_per == "element"
+        check(whole, "beta_per", beta_per, 'must be "element" with sigma: an average needs all gradients')
+        self.sigma, self.lmbda, self.preconditioned = sigma, lmbda, preconditioned
         self.seed, self.stochastic_rounding, self.others = seed, stochastic_rounding, others
         self.backup_format = backup_format
         # What a GradScaler had multiplied the gradients of the last ascent with, if it was told.
@@ -105,6 +119,20 @@ class Ascent:
     def draws_elements(self) -> bool:
         """Whether every weight is drawn by itself."""
         return self.beta_per == "element" and self.beta < 1
+
+    @property
+    def reads_state(self) -> bool:
+        """Whether it has lanes that `state` shows, or reads such."""
+        return self.mask is not None or self.sigma > 0 or self.preconditioned
+
+    def make_lanes(self, lanes: Lanes, names: Iterable[str] = ("mask", "fisher", "ascent_avg")) -> None:
+        """Make those of its own lanes that have one of these names and that it will need."""
+        if "mask" in names and self.mask is not None:
+            self.words(lanes)
+        if "fisher" in names and self.adds_up:
+            lanes.lane("fisher", compute_dtype(lanes.dtype))
+        if "ascent_avg" in names and self.sigma > 0:
+            self._average(lanes)
 
     def check_parameters(self, group: Mapping[str, Any]) -> None:
         """Refuse a group whose parameters the mask cannot be chosen over."""
@@ -169,7 +197,7 @@ class Ascent:
     @property
     def adds_up(self) -> bool:
         """Whether squares of gradients are added up between two choices of the mask."""
-        return self.mask.samples > 1 and self.mask.scores == "fisher"
+        return self.mask is not None and self.mask.samples > 1 and self.mask.scores == "fisher"
 
     def _must_wait(self, found: Found, ascents: int) -> bool:
         """Whether a mask is due and a GradScaler's gradients, which it would be chosen by, have overflowed.
@@ -266,7 +294,7 @@ class Ascent:
             combines: whether the descent needs all of the first gradient.
             is_known: the parameters that were ever updated.
         """
-        if self.wants_gradients(ascents):
+        if self.wants_gradients(ascents) or self.sigma > 0:
             return []
         out = self._undrawn(ledger, ascents)
         by_tensor = self.mask is not None and self.mask.unit == "tensor" and self.mask_norm == "masked"
@@ -310,12 +338,12 @@ class Ascent:
             if undrawn:
                 grads = [None if p in undrawn else grad for p, grad in zip(lanes.params, grads, strict=True)]
             if any(grad is not None for grad in grads):
-                work.append((lanes, lanes.segments(grads, half="ascent")))
-        norms = ((lanes, self._norm_sq(lanes, segments)) for lanes, segments in work)
+                work.append((lanes, lanes.segments(grads, half="ascent"), self._along(lanes)))
+        norms = ((lanes, self._norm_sq(lanes, segments, along)) for lanes, segments, along in work)
         norm_sq = self.others.sum(sum_over_shards(norms, ledger.home))
         # Of both counts: an ascent can be repeated without a step, and in a CUDA graph only the device's changes.
         purpose = coefficients.purpose(self.seed, _ASCENT + ascents * _NEXT_ASCENT)
-        for lanes, segments in work:
+        for lanes, segments, along in work:
             if ledger.shares:
                 lanes.stage()
             move(
@@ -327,12 +355,33 @@ class Ascent:
                 stochastic=self.stochastic_rounding,
                 random=self.draws_elements,
                 backup_format=self.backup_format,
+                along=along,
             )
         ledger.seal()
 
-    def _norm_sq(self, lanes: Lanes, segments: Segments) -> Tensor:
+    def _along(self, lanes: Lanes) -> Along | None:
+        """What the perturbation goes along; None for the gradient."""
+        if self.sigma > 0:
+            kind, average, codes = "less_average", self._average(lanes), None
+            rows = [(1 - self.lmbda, self.sigma) for _ in lanes.groups]
+        elif self.preconditioned:
+            kind, average, codes = "over_root", lanes.lanes["exp_avg_sq"], lanes.lanes.get("exp_avg_sq_scale")
+            rows = [(1 - group["betas"][1], group["eps"]) for group in lanes.groups]
+        else:
+            return None
+        group_of = lanes.about_members()[:, spec.MEMBER.index("group")]
+        coef = lanes.numbers("direction", rows)[group_of].to(compute_dtype(lanes.dtype))
+        scale = None if self.scale is None else self.scale.to(lanes.device, non_blocking=True)
+        return Along(kind, average, coef, codes, scale)
+
+    @staticmethod
+    def _average(lanes: Lanes) -> Tensor:
+        # It moves by a tenth of a gradient at once: 16 bits are enough, but fp16 would lose small unscaled gradients.
+        return lanes.lane("ascent_avg", torch.bfloat16 if lanes.dtype == torch.bfloat16 else compute_dtype(lanes.dtype))
+
+    def _norm_sq(self, lanes: Lanes, segments: Segments, along: Along | None) -> Tensor:
         mask = self.words(lanes) if self.mask_norm == "masked" else None
-        return ops.norm_sq(segments, self._is_adaptive(lanes), mask)
+        return ops.norm_sq(segments, self._is_adaptive(lanes), mask, None, along)
 
     @staticmethod
     def _is_adaptive(lanes: Lanes) -> bool:
@@ -343,7 +392,9 @@ class Ascent:
     ) -> tuple[Tensor, Tensor]:
         beta = coefficients.representable(self.beta) if self.draws_elements else self.beta
         rows = [(rho[id(group)] / beta, beta - 0.5) for group in lanes.groups]
-        norm_sq, scale = (None if t is None else t.to(lanes.device, non_blocking=True) for t in (norm_sq, self.scale))
+        # A direction that is made of more than the gradient has been unscaled.
+        scale = None if self.sigma > 0 or self.preconditioned else self.scale
+        norm_sq, scale = (None if t is None else t.to(lanes.device, non_blocking=True) for t in (norm_sq, scale))
         about, dtype = lanes.about_members(), compute_dtype(lanes.dtype)
         return ops.climb_coefficients(lanes.numbers("ascent", rows), about, lanes.steps, purpose, norm_sq, scale, dtype)
 

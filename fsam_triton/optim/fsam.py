@@ -13,7 +13,6 @@ from .. import ops
 from ..buffers.lanes import Lanes, Member
 from ..buffers.sharded import OtherParts, local
 from ..errors import check
-from ..kernels.reference import compute_dtype
 from ..masks.perturbed import FisherMask
 from ..masks.trained import FishMask
 from . import recipes
@@ -38,6 +37,8 @@ class FSAM(TwoPass, FusedOptimizer):
     - GSAM (``alpha > 0``, arXiv 2203.08065): descends with ``g2 - alpha * (g1 - (<g1, g2> / norm(g2)^2) * g2)``, where
       g1 and g2 are the gradients at w and at w + eps
     - LookSAM (``schedule=Schedule(every=5, reuse=0.7)``, arXiv 2203.02714)
+    - FriendlySAM (``sigma=1``, arXiv 2403.12350): SAM's eps of ``g - sigma * a``, where a is the average of gradients
+    - preconditioned SAM (``preconditioned=True``): SAM's eps of ``g / (sqrt(v) + adam_eps)``, v with this g in it
 
     Norms are over all parameter groups. `step` without a perturbation before it is a plain update, and so is a step
     whose ascent gradient is zero or not finite, or whose rho is zero.
@@ -54,6 +55,13 @@ class FSAM(TwoPass, FusedOptimizer):
         alpha: GSAM's weight of the surrogate gap, >= 0; needs memory for a second gradient (default: 0.0).
         beta: ESAM's part of the weights, drawn again for each perturbation, in (0, 1]; rounded to a multiple of 2**-15
             (default: 1.0).
+        sigma: how much of the average of gradients FriendlySAM takes out of the direction of the perturbation, >= 0; 1
+            in the paper. Needs memory for the average, in bf16 for bf16 parameters (default: 0.0).
+        lmbda: decay of that average, ``a = lmbda * a + (1 - lmbda) * g`` at each perturbation, from 0 on; in [0, 1)
+            (default: 0.9, as in the authors' code).
+        preconditioned: perturb along the gradient over the root of AdamW's second moment, as it will be with this
+            gradient, plus AdamW's eps. rho is still the length of the perturbation. Needs ``rule="adamw"``, and not
+            ``adaptive`` (default: False).
         beta_per: what beta draws: ``"element"``, every weight by itself, or ``"tensor"``, whole tensors, at least one,
             as the published code does. Gradients of the others are then not used in the ascent, and `ascent_pass` does
             not compute them (default: ``"element"``).
@@ -98,6 +106,9 @@ class FSAM(TwoPass, FusedOptimizer):
         beta: float = 1.0,
         beta_per: str = "element",
         gamma: float = 1.0,
+        sigma: float = 0.0,
+        lmbda: float = 0.9,
+        preconditioned: bool = False,
         schedule: Schedule | None = None,
         backup_format: str | None = None,
         **options: Any,
@@ -107,7 +118,11 @@ class FSAM(TwoPass, FusedOptimizer):
         self.alpha, self.gamma = alpha, gamma
         seed, rounds = options.get("seed", 0), options.get("stochastic_rounding", True)
         others = OtherParts(options.get("norm_group"))
-        self.ascent = Ascent(mask, mask_norm, beta, beta_per, seed, rounds, others, backup_format)
+        check(not preconditioned or rule == "adamw", "preconditioned", preconditioned, 'needs rule="adamw"')
+        directions = {"sigma": sigma, "lmbda": lmbda, "preconditioned": preconditioned}
+        self.ascent = Ascent(
+            mask, mask_norm, beta, beta_per, seed, rounds, others, backup_format=backup_format, **directions
+        )
         self._begin()
         of_group = {**radii.group_defaults(rho, schedule), "adaptive": adaptive, "ascents": 0}
         super().__init__(params, rule, lr, _of_group=of_group, **options)
@@ -157,6 +172,8 @@ class FSAM(TwoPass, FusedOptimizer):
         super()._check_group(group)
         radii.check_group(group)
         # Here, because a loaded state dict brings a schedule too.
+        single = not (self.ascent.preconditioned and group["adaptive"])
+        check(single, "adaptive", group["adaptive"], "must be False with preconditioned")
         alpha, reuses = self.alpha, group["schedule"]["reuse"] > 0
         check(alpha == 0 or not reuses, "alpha", alpha, "must be 0 with Schedule(reuse=...): both combine gradients")
         beta_per = self.ascent.beta_per
@@ -178,24 +195,28 @@ class FSAM(TwoPass, FusedOptimizer):
     def _prepare(self, lanes: Lanes, entries: list[Mapping[str, Any]]) -> None:
         super()._prepare(lanes, entries)
         names = {name for entry in entries for name in entry}
-        if self.mask is not None and ("mask" in names or lanes.groups[0]["ascents"] > 0):
-            self.ascent.words(lanes)
-        for name in {"fisher", "orthogonal"} & names:
-            dtype = compute_dtype(lanes.dtype) if name == "fisher" else lanes.dtype
-            lanes.lane(name, dtype)
+        if lanes.groups[0]["ascents"] > 0:
+            names.add("mask")
+        self.ascent.make_lanes(lanes, names)
+        if "orthogonal" in names:
+            lanes.lane("orthogonal", lanes.dtype)
 
     def _allocate(self, lanes: Lanes, fill: bool = True) -> None:
         super()._allocate(lanes, fill)
         # torch.distributed.checkpoint loads those entries alone that a new optimizer's state has.
         if lanes.shard_groups:
-            if self.mask is not None:
-                self.ascent.words(lanes)
-                if self.ascent.adds_up:
-                    lanes.lane("fisher", compute_dtype(lanes.dtype))
+            self.ascent.make_lanes(lanes)
             if self.schedule.reuse > 0:
                 lanes.lane("orthogonal", lanes.dtype)
 
     # -- the descent ---------------------------------------------------------------------------------------------------
+
+    def _collect_first(self) -> Found:
+        found = super()._collect_first()
+        if self.ascent.preconditioned:
+            for lanes, _ in found:
+                self._allocate(lanes)
+        return found
 
     @property
     def _combines(self) -> bool:
@@ -287,13 +308,18 @@ class FSAM(TwoPass, FusedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state in torch.optim's form: per parameter `step` and the rule's state.
 
-        `remainder` (of master weights), `anchor`, `ema`, `mask`, `fisher` and `orthogonal` are there too where they are
-        in use. Tensors are views of the live lanes, as with torch.optim; a perturbation shows in none of them.
+        `remainder` (of master weights), `anchor`, `ema`, `mask`, `fisher`, `ascent_avg` and `orthogonal` are there too
+        where they are in use. Tensors are views of the live lanes, as with torch.optim; a perturbation shows in none of
+        them.
         """
         for lanes in self.ledger:
-            if "mask" in lanes.lanes:
+            # They are kept also of parameters that were never updated.
+            if not lanes.lanes.keys().isdisjoint(("mask", "ascent_avg")):
                 lanes.show(self.state)
         return super().state_dict()
+
+    def _unused(self) -> set[str]:
+        return super()._unused() | (set() if self.ascent.sigma > 0 else {"ascent_avg"})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -675,8 +675,7 @@ class FusedOptimizer(Optimizer):
             self._check_group(group)
         self.ledger.refresh(self.param_groups, self.state)
         state = checked_state(state_dict, self.param_groups, self.ledger, self.rule, self._is_coded)
-        unused = {"ema"} if self.ema_decay is None else set()
-        unused |= set() if self.master_weights else {"remainder"}
+        unused = self._unused()
         state = {p: {n: value for n, value in entry.items() if n not in unused} for p, entry in state.items()}
         self.restore()
         for own, new in zip(self.param_groups, groups, strict=True):
@@ -692,6 +691,11 @@ class FusedOptimizer(Optimizer):
         self.ledger.refresh(self.param_groups, self.state)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def _unused(self) -> set[str]:
+        """What of a state that is loaded this optimizer has no use for."""
+        names = {"ema"} if self.ema_decay is None else set()
+        return names if self.master_weights else names | {"remainder"}
 
     @torch.no_grad()
     def float_state_dict(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class SAM(TwoPass):
         base: the optimizer that takes the steps, already made.
         rho: radius of the perturbation, >= 0 (group; default: 0.05).
         adaptive: ASAM's scaling (group; default: False).
-        mask, mask_norm, beta, beta_per, gamma, schedule: as `FSAM`; the schedule without ``reuse``.
+        mask, mask_norm, beta, beta_per, gamma, sigma, lmbda, schedule: as `FSAM`; the schedule without ``reuse``.
         stochastic_rounding: round perturbed 16-bit weights stochastically (default: True).
         seed: of random draws and roundings (default: 0).
         norm_group: as `FusedOptimizer`.
@@ -71,6 +71,8 @@ class SAM(TwoPass):
         beta: float = 1.0,
         beta_per: str = "element",
         gamma: float = 1.0,
+        sigma: float = 0.0,
+        lmbda: float = 0.9,
         schedule: Schedule | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
@@ -81,7 +83,9 @@ class SAM(TwoPass):
         check(0 < gamma <= 1, "gamma", gamma, "must be in (0, 1]")
         check(schedule is None or schedule.reuse == 0, "schedule.reuse", schedule and schedule.reuse, "must be 0")
         self.base, self.gamma = base, gamma
-        self.ascent = Ascent(mask, mask_norm, beta, beta_per, seed, stochastic_rounding, OtherParts(norm_group))
+        others = OtherParts(norm_group)
+        directions = {"sigma": sigma, "lmbda": lmbda}
+        self.ascent = Ascent(mask, mask_norm, beta, beta_per, seed, stochastic_rounding, others, **directions)
         self._of_group = {**radii.group_defaults(rho, schedule), "adaptive": adaptive, "ascents": 0}
         self.defaults = {**base.defaults, **self._of_group}
         self._begin()
@@ -96,8 +100,8 @@ class SAM(TwoPass):
         self.clean_view = CleanView()
         self.clean_view.find(p for group in self.param_groups for p in group["params"])
         self.ledger = Ledger(self._structure, lambda group, i: None, self._prepare)
-        # What the ledger shows: masks.
-        self._masks: dict[Parameter, dict[str, Tensor]] = {}
+        # What the ledger shows: masks, and averages of gradients.
+        self._kept: dict[Parameter, dict[str, Tensor]] = {}
 
     def _join(self, group: dict[str, Any]) -> None:
         for name, value in self._of_group.items():
@@ -114,8 +118,7 @@ class SAM(TwoPass):
     def _prepare(self, lanes: Lanes, entries: list[Mapping[str, Any]]) -> None:
         # The base counts the updates; here they only make the random numbers of each step others.
         lanes.steps.fill_(self.param_groups[0]["updates"])
-        if self.mask is not None:
-            self.ascent.words(lanes)
+        self.ascent.make_lanes(lanes)
 
     # -- groups and state are the base's -------------------------------------------------------------------------------
 
@@ -154,7 +157,7 @@ class SAM(TwoPass):
 
     @property
     def _shown(self) -> dict[Parameter, dict[str, Tensor]]:
-        return self._masks
+        return self._kept
 
     def _descend_all(self) -> None:
         self.ledger.restore()
@@ -178,49 +181,50 @@ class SAM(TwoPass):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """The base's state dict, and under ``"masks"`` what was chosen of each parameter, by its number there."""
+        """The base's state dict, and under ``"ascent"`` masks and averages of gradients, by numbers of parameters."""
         out = self.base.state_dict()
-        self._show_masks()
-        if self._masks:
+        self._show_kept()
+        if self._kept:
             numbers = [n for group in out["param_groups"] for n in group["params"]]
             params = [p for group in self.param_groups for p in group["params"]]
-            out["masks"] = {n: self._masks[p] for n, p in zip(numbers, params, strict=True) if p in self._masks}
+            pairs = zip(numbers, params, strict=True)
+            out["ascent"] = {n: self._kept[p] for n, p in pairs if p in self._kept}
         return out
 
-    def _show_masks(self) -> None:
-        if self.mask is not None:
+    def _show_kept(self) -> None:
+        if self.ascent.reads_state:
             for lanes in self.ledger:
-                lanes.show(self._masks)
+                lanes.show(self._kept)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` has given; a state dict of the base alone will do."""
         self.restore()
-        masks = state_dict.get("masks", {})
+        kept = state_dict.get("ascent", {})
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
-        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "masks"})
+        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "ascent"})
         params = [p for group in self.param_groups for p in group["params"]]
         for group in self.param_groups:
             self._join(group)
-        self._masks.clear()
-        self._masks.update((p, dict(masks[n])) for n, p in zip(numbers, params, strict=True) if n in masks)
+        self._kept.clear()
+        self._kept.update((p, dict(kept[n])) for n, p in zip(numbers, params, strict=True) if n in kept)
         self.ledger.forget()
-        self.ledger.refresh(self.param_groups, self._masks)
+        self.ledger.refresh(self.param_groups, self._kept)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.perturbed:
             raise RuntimeError(
                 "the weights are perturbed: call restore() or step() before copying or pickling the optimizer"
             )
-        self._show_masks()
+        self._show_kept()
         kept = ("base", "gamma", "ascent", "_of_group", "defaults")
-        return {name: vars(self)[name] for name in kept} | {"masks": dict(self._masks)}
+        return {name: vars(self)[name] for name in kept} | {"kept": dict(self._kept)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        masks = state.pop("masks", {})
+        own = state.pop("kept", {})
         super().__setstate__(state)
         self._begin()
-        self._masks.update(masks)
+        self._kept.update(own)
 
     def __del__(self) -> None:
         ledger = self.__dict__.get("ledger")

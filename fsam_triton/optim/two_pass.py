@@ -183,8 +183,7 @@ class TwoPass(Optimizer):
     def _collect_first(self) -> Any:
         """The lanes with the gradients of the first pass."""
         self._check_idle()
-        # Of the state, a perturbation reads masks alone.
-        found = self.ledger.collect(self.param_groups, self._shown, with_state=self.mask is not None)
+        found = self.ledger.collect(self.param_groups, self._shown, with_state=self.ascent.reads_state)
         self.clean_view.check_seen(self.ledger, self.param_groups)
         return found
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import build, reference, spec
+from ..directions import Along
 from ..jobs import jobs_of
 from ..segments import Segments
 
@@ -74,19 +75,37 @@ def _run(function: Callable[..., Any], segments: Segments, *tensors: Tensor | No
 
 
 @functools.cache
-def _norm_sq(weight: torch.dtype, grad: torch.dtype, **options: bool) -> Callable[..., Any]:
-    return _pass("norm_sq", (weight, grad, reference.compute_dtype(grad)), 4, **options)
+def _norm_sq(weight: torch.dtype, grad: torch.dtype, average: torch.dtype, **options: int) -> Callable[..., Any]:
+    return _pass("norm_sq", (weight, grad, average, reference.compute_dtype(grad)), 8, **options)
 
 
 @_or_reference
-def norm_sq(segments: Segments, adaptive: bool, mask: Tensor | None, scale: Tensor | None = None) -> Tensor:
+def norm_sq(
+    segments: Segments,
+    adaptive: bool,
+    mask: Tensor | None,
+    scale: Tensor | None = None,
+    along: Along | None = None,
+) -> Tensor:
     """The same as `reference.norm_sq`, except for the order of additions."""
     result = torch.zeros((), dtype=torch.float64)
     if segments:
-        options = {"adaptive": adaptive, "masked": mask is not None, "coded": scale is not None}
-        function = _norm_sq(segments.dtype(), segments.dtype("grad"), **options)
-        _run(function, segments, mask, scale, torch.empty(segments.plan.chunks, dtype=torch.float64), result)
+        options = {"adaptive": adaptive, "masked": mask is not None, "coded": scale is not None, "along": _kind(along)}
+        grad = segments.dtype("grad")
+        function = _norm_sq(segments.dtype(), grad, grad if along is None else along.lane.dtype, **options)
+        sums = torch.empty(segments.plan.chunks, dtype=torch.float64)
+        _run(function, segments, mask, scale, *_steering(along), sums, result)
     return result
+
+
+def _kind(along: Along | None) -> int:
+    return spec.ALONG.index("gradient" if along is None else along.kind)
+
+
+def _steering(along: Along | None) -> tuple[Tensor | None, ...]:
+    if along is None:
+        return None, None, None, None
+    return along.lane, along.scale, along.coef.contiguous(), along.grad_scale
 
 
 @functools.cache
@@ -105,8 +124,10 @@ def gap(segments: Segments) -> Tensor:
 
 
 @functools.cache
-def _perturb(weight: torch.dtype, grad: torch.dtype, backup: torch.dtype, **options: bool) -> Callable[..., Any]:
-    return _pass("perturb", (weight, grad, backup, reference.compute_dtype(weight)), 5, **options)
+def _perturb(
+    weight: torch.dtype, grad: torch.dtype, backup: torch.dtype, average: torch.dtype, **options: int
+) -> Callable[..., Any]:
+    return _pass("perturb", (weight, grad, backup, average, reference.compute_dtype(weight)), 9, **options)
 
 
 @_or_reference
@@ -120,6 +141,7 @@ def perturb_(
     stochastic: bool,
     random: bool,
     scale: Tensor | None = None,
+    along: Along | None = None,
 ) -> None:
     """The same as `reference.perturb_`."""
     if not segments:
@@ -129,6 +151,7 @@ def perturb_(
         weight,
         segments.dtype("grad"),
         backup.dtype,
+        weight if along is None else along.lane.dtype,
         adaptive=adaptive,
         masked=mask is not None,
         coded=scale is not None,
@@ -136,8 +159,9 @@ def perturb_(
         random=random,
         # Passes over 16-bit numbers wait for the processor, not for memory.
         streamed=weight.itemsize > 2 and segments.plan.size * weight.itemsize >= _STREAMED,
+        along=_kind(along),
     )
-    _run(function, segments, backup, mask, scale, coef.contiguous(), key.contiguous())
+    _run(function, segments, backup, mask, scale, *_steering(along), coef.contiguous(), key.contiguous())
 
 
 @functools.cache

@@ -55,6 +55,8 @@ CASES = {
     "fisher": Case(arguments={"mask": MASK}),
     "fisher-asam-fp32": Case(arguments={"mask": MASK, "mask_norm": "masked", "adaptive": True}, dtype=torch.float32),
     "fisher-random": Case(arguments={"mask": FisherMask(keep_ratio=0.3, interval=3, scores="random")}),
+    "friendly": Case(arguments={"sigma": 0.8}),
+    "preconditioned": Case(arguments={"preconditioned": True, "eps": 1e-3}),
     "gsam": Case(arguments={"alpha": 0.3, "max_grad_norm": 0.5}),
     "looksam": Case(arguments={"schedule": Schedule(every=3, reuse=0.7)}),
     "esam": Case(arguments={"beta": 0.6}),

@@ -44,6 +44,7 @@ METHODS = launched(
     ("AdamW", "SGD", "SGD, momentum", "Lion", "FSAM", "ESAM", "GSAM", "LookSAM", "momentum-SAM", "SAM, ema"),
     ("fp32", "bf16", "bf16 + master"),
 )
+METHODS += launched(("FriendlySAM", "preconditioned SAM"), ("fp32", "bf16"))
 METHODS += launched(("Lion", "momentum-SAM", "SAM, ema"), ("bf16, 8-bit",))
 METHODS = [one for one in METHODS if one not in MAIN]
 # Another path through the compiler.
@@ -55,6 +56,8 @@ OTHERS = [
     kb.perturb_build("fp64", random=True),
     kb.norm_build("fp32"),
     kb.norm_build("bf16", adaptive=True),
+    kb.norm_build("bf16", along="over_root", lane="u8"),
+    kb.perturb_build("bf16", along="over_root", lane="u8", steps=True, adaptive=True, masked=True),
     *(kb.gap_build(dtype) for dtype in ("fp32", "bf16", "fp64")),
 ]
 BUILDS = {
@@ -109,7 +112,8 @@ def operands(one: kb.Build) -> tuple[list[str], list[str]]:
     """Types of what a pass reads and writes, once for each element."""
     pointers = dict(one.pointers)
     if one.kernel is perturb.perturb_kernel:
-        reads, writes = ["weight_ptr", "grad_ptr"], ["weight_ptr", "backup_ptr"]
+        reads, writes = ["weight_ptr", "grad_ptr", "lane_ptr"], ["weight_ptr", "backup_ptr"]
+        writes += ["lane_ptr"] if dict(one.flags)["ALONG"] == "less_average" else []
     else:
         reads = ["clean_ptr", "grad_ptr", "other_ptr", "steps_ptr", "remainder_ptr", "anchor_ptr", "ema_ptr"]
         writes = ["weight_ptr", "remainder_ptr", "ema_ptr", "orthogonal_ptr"]

@@ -9,6 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fsam_triton.kernels import descend, gap, norm, perturb, segments, sparse, spec
+from fsam_triton.kernels.directions import Along
 from fsam_triton.kernels.segments import Plan, Segments
 from tests.test_fidelity import load_bench
 
@@ -65,6 +66,12 @@ def call(one: kb.Build) -> tuple:
     def coefficients(columns) -> torch.Tensor:
         return torch.zeros(2, len(columns), dtype=kb.DTYPES[pointers["coef_ptr"]])
 
+    def along():
+        if "lane_ptr" not in pointers:
+            return lane("scale_ptr"), None
+        steers = torch.zeros(2, len(spec.DIRECTION), dtype=kb.DTYPES[pointers["along_ptr"]])
+        return None, Along(flags["ALONG"], lane("lane_ptr"), steers, lane("scale_ptr"))
+
     key = torch.zeros(2, dtype=torch.int32)
     if one.kernel is gap.gap_kernel:
         return gap.gap, Segments(plan, tensors("first_ptr"), tensors("second_ptr"), other=tensors("first_ptr"))
@@ -76,10 +83,10 @@ def call(one: kb.Build) -> tuple:
         other=tensors("other_ptr") if "other_ptr" in pointers else None,
     )
     if one.kernel is norm.norm_kernel:
-        return norm.norm_sq, given, "weight_ptr" in pointers, lane("mask_ptr"), lane("scale_ptr")
+        return norm.norm_sq, given, "weight_ptr" in pointers, lane("mask_ptr"), *along()
     if one.kernel is perturb.perturb_kernel:
         coef, options = coefficients(spec.PERTURB), (flags["ADAPTIVE"], flags["STOCHASTIC"], flags["RANDOM"])
-        return perturb.perturb_, given, lane("backup_ptr"), lane("mask_ptr"), coef, key, *options, lane("scale_ptr")
+        return perturb.perturb_, given, lane("backup_ptr"), lane("mask_ptr"), coef, key, *options, *along()
     state = [torch.zeros(plan.size, dtype=kb.DTYPES[name]) for name in pointers["state_ptrs"]]
     others = (lane(f"{name}_ptr") for name in ("remainder", "anchor", "ema", "orthogonal"))
     coef = coefficients(spec.DESCEND[flags["RULE"]])

@@ -52,6 +52,9 @@ CASES = [
     Case("esam", FSAM, ASCENT, DESCENT, {"beta": 0.5}),
     # Tables of the tensors that are drawn.
     Case("esam of tensors", FSAM, ASCENT + 1, 1 + DESCENT, {"beta": 0.5, "beta_per": "tensor"}),
+    # Rows of their coefficients for the parameters, in the compute type.
+    Case("friendly-sam", FSAM, 2 + ASCENT, DESCENT, {"sigma": 1.0}),
+    Case("preconditioned sam", FSAM, 2 + ASCENT, DESCENT, {"preconditioned": True}),
     Case("gsam", FSAM, ASCENT, 2 + DESCENT, {"alpha": 0.4}),
     Case("gsam, clipped", FSAM, ASCENT, 2 + DESCENT, {"alpha": 0.4, "max_grad_norm": 1.0}),
     # Its component is zeroed, and the two directions by turns have tables of their own.
@@ -65,6 +68,7 @@ CASES = [
     Case("momentum-sam over lion", MomentumSAM, ASCENT, DESCENT, {"rule": "lion"}),
     # Restoring, the count of steps, and what the base launches: as many as without SAM.
     Case("around torch's adamw", around(capturable), ASCENT, 2, {}),
+    Case("around torch's adamw, friendly", around(capturable), 2 + ASCENT, 2, {"sigma": 1.0}),
     Case("around torch's adamw, masked", around(capturable), ASCENT, 2, {"mask": FisherMask(0.3, interval=100)}),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
