@@ -62,8 +62,6 @@ def _block(
         )
         if ALONG == "less_average":
             average = tl.where(tl.abs(average) < tl.where(scale != 0, float("inf"), 0.0), average, before)
-            lane_ptr = pointer(lane_ptr, place, WHOLE)
-            tl.store(lane_ptr + offs, narrow(average, lane_ptr.dtype.element_ty), mask=inside)
     backup_ptr = pointer(backup_ptr, place, WHOLE)
     w = widen(clean, compute)
     eps = scale * g
@@ -87,6 +85,10 @@ def _block(
         new, backup = displace(clean, new)
     else:
         backup = clean
+    if ALONG == "less_average":
+        # Here, where it takes few registers: on B200 six more would leave too few loads under way.
+        lane_ptr = pointer(lane_ptr, place, WHOLE)
+        tl.store(lane_ptr + offs, narrow(average, lane_ptr.dtype.element_ty), mask=inside)
     tl.store(backup_ptr + offs, backup, mask=inside)
     tl.store(weight_ptr + offs, new, mask=inside)
 

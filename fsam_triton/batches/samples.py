@@ -1,10 +1,11 @@
-"""ESAM's choice of samples: the second pass sees only those whose loss the perturbation raised most."""
+"""Parts of a batch: its first samples, or ESAM's choice of those whose loss the perturbation raised most."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,6 +78,46 @@ def select_samples(batch: Any, before: Tensor, after: Tensor, gamma: float) -> A
     result = _reduce(batch, n, reduced)
     check(found, "batch", type(batch), f"must hold a tensor or list of length {n}, as the losses are")
     return result
+
+
+def first_samples(batch: Any, fraction: float) -> Any:
+    """The first samples of a batch, at least one.
+
+    Args:
+        batch: what the model is called with, any nesting that `select_samples` takes; n is the first dimension of the
+            first tensor in it. It is not changed.
+        fraction: in (0, 1]; ``ceil(fraction * n)`` samples are taken.
+
+    Returns:
+        A batch of the same types, whose tensors are views; the same object if these are all samples.
+
+    Raises:
+        ArgumentError: there is no tensor with a dimension in the batch.
+
+    Example:
+        >>> import torch
+        >>> from fsam_triton.batches.samples import first_samples
+        >>> first_samples({"input_ids": torch.tensor([[1, 2], [3, 4], [5, 6]]), "labels": torch.tensor([0, 1, 0])}, 0.5)
+        {'input_ids': tensor([[1, 2],
+                [3, 4]]), 'labels': tensor([0, 1])}
+    """
+    n = _count(batch)
+    check(bool(n), "batch", type(batch).__name__, "must hold a tensor with samples along its first dimension")
+    k = math.ceil(fraction * n)
+    return batch if k == n else _reduce(batch, n, lambda value: value[:k])
+
+
+def _count(value: Any) -> int | None:
+    """The first dimension of the first tensor in a nesting."""
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.dim() else None
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    else:
+        parts = value if isinstance(value, list | tuple) else []
+    return next(filter(None, map(_count, parts)), None)
 
 
 def _largest_rises(before: Tensor, after: Tensor, k: int) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 
+from ..batches.samples import first_samples
 from ..optim.optimizer import FusedOptimizer
 from ..optim.two_pass import TwoPass
 
@@ -25,6 +27,7 @@ class SharpnessAware(Callback):
     - ``precision="16-mixed"``: Lightning evaluates once, which is plain AdamW; this callback calls ``perturb(scaler)``
       and passes all micro-batches again.
     - ``precision="bf16-mixed"`` with ``gradient_clip_val``: Lightning refuses that; with this callback it clips.
+    - an optimizer with ``ascent_fraction < 1``: the first pass sees that part of each micro-batch.
 
     The micro-batches of a step are kept until the next one. The second pass calls ``training_step`` and
     ``on_after_backward`` again.
@@ -44,6 +47,15 @@ class SharpnessAware(Callback):
             for optimizer in trainer.optimizers:
                 if isinstance(optimizer, TwoPass | FusedOptimizer):
                     optimizer._step_supports_amp_scaling = False
+        own = [one for one in trainer.optimizers if isinstance(one, TwoPass) and one.ascent_fraction < 1]
+        if own and pl_module.automatic_optimization:
+            for optimizer in own:
+                optimizer.splits_batches = True
+            # Both passes get the batch from Lightning's loop, which has no hook between it and training_step.
+            trainer.strategy.training_step = _in_part(trainer.strategy.training_step, own[0])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _leave_whole(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
@@ -79,7 +91,27 @@ class SharpnessAware(Callback):
         _restore(trainer)
 
     def on_exception(self, trainer: Trainer, *args: Any) -> None:
+        _leave_whole(trainer)
         _restore(trainer)
+
+
+def _in_part(training_step: Callable[..., Any], optimizer: TwoPass) -> Callable[..., Any]:
+    """`training_step` with a part of the batch in the first pass of a sharpness-aware step."""
+
+    @functools.wraps(training_step)
+    def step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if optimizer.is_sharp and not optimizer.perturbed:
+            batch = first_samples(batch, optimizer.ascent_fraction)
+        return training_step(batch, *args, **kwargs)
+
+    return step
+
+
+def _leave_whole(trainer: Trainer) -> None:
+    vars(trainer.strategy).pop("training_step", None)
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, TwoPass):
+            optimizer.splits_batches = False
 
 
 def _has_gradients(optimizer: Optimizer) -> bool:

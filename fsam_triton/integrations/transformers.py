@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from ..batches.samples import first_samples
 from ..errors import check
 from ..optim.adamw_l2sp import AdamWL2SP
 from ..optim.fsam import FSAM
@@ -85,12 +86,14 @@ class _Pass:
         num_items_in_batch: the number of items in all micro-batches.
         random: the random state before the pass, if dropout masks are to be the same.
         prepared: what `_prepare_inputs` made of the inputs; for TRL's online trainers that is to generate completions.
+        fraction: the part of the samples that this pass sees.
     """
 
     inputs: dict[str, Any]
     num_items_in_batch: Tensor | int | None
     random: list[Tensor] | None
     prepared: Any = None
+    fraction: float = 1.0
 
 
 class SharpnessAwareMixin:
@@ -99,7 +102,8 @@ class SharpnessAwareMixin:
     The gradients of all micro-batches of a step make the perturbation; then the same micro-batches are passed once more
     at the perturbed weights, by the ``training_step`` of the class below, with what its ``_prepare_inputs`` has made of
     them for the first pass. Logged are the loss at the weights, and the norm of the gradient at the perturbed ones,
-    which ``args.max_grad_norm`` clips. The schedule of the `FSAM` decides which steps have a second pass. Running
+    which ``args.max_grad_norm`` clips. The schedule of the `FSAM` decides which steps have a second pass, and its
+    ``ascent_fraction`` which part of each micro-batch the first one sees (see `ascent_inputs`). Running
     statistics (BatchNorm), and what the class below counts in private attributes (TRL's metrics, tokens, steps), are
     those of the first passes. State dicts of the model show clean weights at any time, and an exception leaves them
     in the parameters.
@@ -196,7 +200,7 @@ class SharpnessAwareMixin:
         if not optimizer.is_sharp:
             return super().training_step(model, inputs, num_items_in_batch)
         random = _random_state(self.args.device) if self.same_dropout else None
-        self._passed.append(_Pass(inputs, num_items_in_batch, random))
+        self._passed.append(_Pass(inputs, num_items_in_batch, random, fraction=optimizer.ascent_fraction))
         try:
             with optimizer.ascent_pass():
                 loss = self._pass(model, self._passed[-1])
@@ -213,10 +217,42 @@ class SharpnessAwareMixin:
 
     def _pass(self, model: nn.Module, which: _Pass) -> Tensor:
         self._current = which
+        items = which.num_items_in_batch
+        if which.fraction < 1 and items is not None:
+            # Of which the loss is a sum, over as many items as the step has.
+            whole, part = map(self._count_items, (which.inputs, self.ascent_inputs(which.inputs)))
+            items = items * (part / whole) if whole else items
         try:
-            return super().training_step(model, which.inputs, which.num_items_in_batch)
+            return super().training_step(model, which.inputs, items)
         finally:
             self._current = None
+
+    def _count_items(self, inputs: Mapping[str, Tensor]) -> int:
+        """The labels that count, as Trainer counts them for `num_items_in_batch`."""
+        labels = inputs.get("shift_labels", inputs["labels"])
+        if "shift_labels" not in inputs and getattr(self, "_loss_shifts_labels", False):
+            labels = labels[..., 1:]
+        return int(labels.ne(-100).sum())
+
+    def ascent_inputs(self, inputs: Any) -> Any:
+        """The part of a micro-batch that the first pass sees, with ``ascent_fraction < 1``; to be overridden.
+
+        Args:
+            inputs: of a micro-batch, before or after Trainer has sent them to the device.
+
+        Returns:
+            The first samples, rounded up to whole ones, where inputs are a mapping with ``"labels"``, a row for each
+            sample. A single row of packed texts stays whole.
+
+        Raises:
+            ArgumentError: inputs have no labels: rows can depend on each other, as the pairs of preferences do.
+        """
+        fraction = self._sam.ascent_fraction
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        fits = isinstance(labels, Tensor) and labels.dim() > 0
+        allowed = f"must be 1 with inputs without labels in {type(self).__name__}, or override ascent_inputs"
+        check(fits, "ascent_fraction", fraction, allowed)
+        return first_samples(inputs, fraction)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         if (current := self._current) is None:
@@ -224,11 +260,12 @@ class SharpnessAwareMixin:
         if current.prepared is None:
             current.prepared = super()._prepare_inputs(inputs)
         # What is made of the inputs may take entries out of them.
-        return copy.copy(current.prepared)
+        return copy.copy(self.ascent_inputs(current.prepared) if current.fraction < 1 else current.prepared)
 
     def _pass_again(self, model: nn.Module) -> None:
         while self._passed:
             which = self._passed.pop(0)
+            which.fraction = 1.0
             if which.random is not None:
                 _set_random_state(self.args.device, which.random)
             with self.accelerator.no_sync(model) if self._passed else contextlib.nullcontext():

@@ -67,6 +67,10 @@ class FSAM(TwoPass, FusedOptimizer):
             not compute them (default: ``"element"``).
         gamma: ESAM's part of the batch for the second gradient, in (0, 1]; < 1 needs ``step(closure, batch)``, or
             `select_samples` in a loop of your own (default: 1.0).
+        ascent_fraction: the part of the batch, its first samples, that the first gradient is taken from, in (0, 1]; the
+            second one is the whole batch's. A step then costs ``1 + ascent_fraction`` times a plain one's passes. < 1
+            needs ``step(closure, batch)``, `SAMTrainer` or Lightning's `SharpnessAware`, and ``gamma=1``; in a loop of
+            your own it is you who pass a part before `perturb` (default: 1.0).
         schedule: which steps are sharpness-aware, and with which rho (default: None, all of them with rho).
         backup_format: how perturbed 16-bit weights are put back, to the bit in either case: None for a copy of the
             clean weights, ``"8bit"`` for a count of steps of their type in one byte, so that a weight moves by at most
@@ -90,7 +94,7 @@ class FSAM(TwoPass, FusedOptimizer):
         >>> loss = optimizer.step(closure)
     """
 
-    _ARGUMENTS = FusedOptimizer._ARGUMENTS | {"ascent", "alpha", "gamma"}
+    _ARGUMENTS = FusedOptimizer._ARGUMENTS | {"ascent", "alpha", "gamma", "ascent_fraction"}
 
     def __init__(
         self,
@@ -109,13 +113,14 @@ class FSAM(TwoPass, FusedOptimizer):
         sigma: float = 0.0,
         lmbda: float = 0.9,
         preconditioned: bool = False,
+        ascent_fraction: float = 1.0,
         schedule: Schedule | None = None,
         backup_format: str | None = None,
         **options: Any,
     ) -> None:
         check(0 <= alpha < float("inf"), "alpha", alpha, "must be >= 0 and finite")
-        check(0 < gamma <= 1, "gamma", gamma, "must be in (0, 1]")
-        self.alpha, self.gamma = alpha, gamma
+        self.alpha = alpha
+        self._set_parts(gamma, ascent_fraction)
         seed, rounds = options.get("seed", 0), options.get("stochastic_rounding", True)
         others = OtherParts(options.get("norm_group"))
         check(not preconditioned or rule == "adamw", "preconditioned", preconditioned, 'needs rule="adamw"')
@@ -135,6 +140,7 @@ class FSAM(TwoPass, FusedOptimizer):
         self.clean_view = CleanView()
         # The gradients of the ascent, where the descent needs them.
         self._first: dict[Parameter, Tensor] = {}
+        self._carried = {}
 
     @classmethod
     def from_sam_type(cls, sam_type: str, params: Iterable[Any], lr: float | Tensor = 1e-3, **arguments: Any) -> FSAM:

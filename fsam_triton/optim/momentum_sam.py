@@ -176,8 +176,7 @@ class MomentumSAM(FusedOptimizer):
             )
 
     def _wants_perturbation(self) -> bool:
-        sharp = self.schedule.is_sharp(self.param_groups[0]["updates"])
-        return sharp and any(group["rho"] > 0 for group in self.param_groups)
+        return radii.is_sharp(self.param_groups) and any(group["rho"] > 0 for group in self.param_groups)
 
     # -- the perturbation ----------------------------------------------------------------------------------------------
 

@@ -36,7 +36,8 @@ class SAM(TwoPass):
         base: the optimizer that takes the steps, already made.
         rho: radius of the perturbation, >= 0 (group; default: 0.05).
         adaptive: ASAM's scaling (group; default: False).
-        mask, mask_norm, beta, beta_per, gamma, sigma, lmbda, schedule: as `FSAM`; the schedule without ``reuse``.
+        mask, mask_norm, beta, beta_per, gamma, sigma, lmbda, ascent_fraction, schedule: as `FSAM`; the schedule without
+            ``reuse``.
         stochastic_rounding: round perturbed 16-bit weights stochastically (default: True).
         seed: of random draws and roundings (default: 0).
         norm_group: as `FusedOptimizer`.
@@ -73,6 +74,7 @@ class SAM(TwoPass):
         gamma: float = 1.0,
         sigma: float = 0.0,
         lmbda: float = 0.9,
+        ascent_fraction: float = 1.0,
         schedule: Schedule | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
@@ -80,9 +82,9 @@ class SAM(TwoPass):
     ) -> None:
         check(isinstance(base, Optimizer), "base", type(base).__name__, "must be a torch.optim.Optimizer")
         check(not hasattr(base, "perturb"), "base", type(base).__name__, "must not be sharpness-aware itself")
-        check(0 < gamma <= 1, "gamma", gamma, "must be in (0, 1]")
         check(schedule is None or schedule.reuse == 0, "schedule.reuse", schedule and schedule.reuse, "must be 0")
-        self.base, self.gamma = base, gamma
+        self.base = base
+        self._set_parts(gamma, ascent_fraction)
         others = OtherParts(norm_group)
         directions = {"sigma": sigma, "lmbda": lmbda}
         self.ascent = Ascent(mask, mask_norm, beta, beta_per, seed, stochastic_rounding, others, **directions)
@@ -102,6 +104,7 @@ class SAM(TwoPass):
         self.ledger = Ledger(self._structure, lambda group, i: None, self._prepare)
         # What the ledger shows: masks, and averages of gradients.
         self._kept: dict[Parameter, dict[str, Tensor]] = {}
+        self._carried = {}
 
     def _join(self, group: dict[str, Any]) -> None:
         for name, value in self._of_group.items():
@@ -146,7 +149,8 @@ class SAM(TwoPass):
         self._join(self.param_groups[-1])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, as the base does."""
+        """Clear the gradients, as the base does, and what `carry_gradients` has set aside."""
+        self._carried.clear()
         self.base.zero_grad(set_to_none)
 
     def __getattr__(self, name: str) -> Any:
@@ -217,7 +221,7 @@ class SAM(TwoPass):
                 "the weights are perturbed: call restore() or step() before copying or pickling the optimizer"
             )
         self._show_kept()
-        kept = ("base", "gamma", "ascent", "_of_group", "defaults")
+        kept = ("base", "gamma", "ascent_fraction", "ascent", "_of_group", "defaults")
         return {name: vars(self)[name] for name in kept} | {"kept": dict(self._kept)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -22,14 +22,17 @@ class Schedule:
             one, with `reuse` times the norm of the present gradient (alpha of LookSAM, arXiv 2203.02714); >= 0, needs
             every > 1 (default: 0.0, nothing is added or stored).
         last: the range is this last fraction of total_steps, rounded, at least one step; in (0, 1], needs total_steps
-            if < 1. Late in training is where sharpness-awareness pays (arXiv 2410.10373) (default: 1.0).
+            if < 1. Late in training is where sharpness-awareness pays (arXiv 2410.10373). Or ``"decay"``: the range is
+            the steps whose learning rate is lower than the highest one before them, which is what a scheduler makes of
+            it: after a warm-up and a stable phase, a tail that owns the whole decay (arXiv 2609.17575). A learning rate
+            in a tensor on a GPU is then read there at each step (default: 1.0).
         total_steps: steps of the whole training, >= 1. Later steps are like those at the end (default: None, unknown).
         rho_warmup: steps, counted from the first one in range, over which rho rises linearly from 0; >= 0, at most the
             steps in range (default: 0).
         rho_follows: ``"lr"``: rho falls and rises in proportion with the learning rate, from rho_min where that is 0 to
             rho where it is lr_max or more (GSAM, arXiv 2203.08065, algorithm 1); it has the learning rate's warm-up, so
             not with rho_warmup. ``"cosine"``: after rho_warmup, rho falls to rho_min at total_steps on half a cosine;
-            needs total_steps. None: rho is constant after rho_warmup (default: None).
+            needs total_steps, and not ``last="decay"``. None: rho is constant after rho_warmup (default: None).
         rho_min: lowest rho after the warm-up, >= 0, needs rho_follows; a group whose rho is 0 stays at 0 (default:
             0.0).
         lr_max: learning rate at which rho is full, > 0, only with ``rho_follows="lr"`` (default: None, each group's
@@ -49,7 +52,7 @@ class Schedule:
 
     every: int = 1
     reuse: float = 0.0
-    last: float = 1.0
+    last: float | str = 1.0
     total_steps: int | None = None
     rho_warmup: int = 0
     rho_follows: str | None = None
@@ -62,19 +65,21 @@ class Schedule:
         check(total is None or (_is_int(total) and total >= 1), "total_steps", total, "must be an int >= 1 or None")
         check(_is_number(self.reuse) and self.reuse >= 0, "reuse", self.reuse, "must be a finite number >= 0")
         check(self.reuse == 0 or self.every > 1, "reuse", self.reuse, "must be 0 unless every > 1")
-        check(_is_number(self.last) and 0 < self.last <= 1, "last", self.last, "must be in (0, 1]")
-        check(self.last == 1 or total is not None, "last", self.last, "must be 1 unless total_steps is given")
+        known = self.by_decay or (_is_number(self.last) and 0 < self.last <= 1)
+        check(known, "last", self.last, 'must be in (0, 1], or "decay"')
+        known = self.by_decay or self.last == 1 or total is not None
+        check(known, "last", self.last, 'must be 1 or "decay" unless total_steps is given')
         self._check_rho()
 
     def _check_rho(self) -> None:
         follows, lr_max = self.rho_follows, self.lr_max
         known = follows is None or follows in ("lr", "cosine")
         check(known, "rho_follows", follows, 'must be "lr", "cosine" or None')
-        lacking = follows == "cosine" and self.total_steps is None
-        check(not lacking, "rho_follows", follows, 'must not be "cosine" unless total_steps is given')
+        lacking = follows == "cosine" and (self.total_steps is None or self.by_decay)
+        check(not lacking, "rho_follows", follows, 'must not be "cosine" without total_steps, or with last="decay"')
         warmup = self.rho_warmup
         check(_is_int(warmup) and warmup >= 0, "rho_warmup", warmup, "must be an int >= 0")
-        if self.total_steps is not None:
+        if self.total_steps is not None and not self.by_decay:
             steps = self.total_steps - self.first
             check(warmup <= steps, "rho_warmup", warmup, f"must be at most {steps}, the steps in range")
         conflict = follows == "lr" and warmup > 0
@@ -86,17 +91,30 @@ class Schedule:
         check(lr_max is None or follows == "lr", "lr_max", lr_max, 'must be None unless rho_follows="lr"')
 
     @property
+    def by_decay(self) -> bool:
+        """Whether the decay of the learning rate is the range."""
+        return self.last == "decay"
+
+    @property
     def first(self) -> int:
-        """The first step in range."""
-        if self.total_steps is None:
+        """The first step in range; 0 where the learning rate decides that."""
+        if self.total_steps is None or self.by_decay:
             return 0
         return min(self.total_steps - round(self.last * self.total_steps), self.total_steps - 1)
 
-    def is_sharp(self, step: int) -> bool:
-        """Whether a step is sharpness-aware."""
-        return step >= self.first and (step - self.first) % self.every == 0
+    def is_sharp(self, step: int, first: int | None = None) -> bool:
+        """Whether a step is sharpness-aware.
 
-    def rho(self, step: int, rho: float, lr: float | Tensor, lr_max: float | Tensor) -> float | Tensor:
+        Args:
+            step: counted from 0.
+            first: with ``last="decay"`` the first step of the decay (default: None, `first`).
+        """
+        since = step - (self.first if first is None else first)
+        return since >= 0 and since % self.every == 0
+
+    def rho(
+        self, step: int, rho: float, lr: float | Tensor, lr_max: float | Tensor, first: int | None = None
+    ) -> float | Tensor:
         """The radius at a step.
 
         Args:
@@ -104,6 +122,7 @@ class Schedule:
             rho: the group's, its highest.
             lr: the group's learning rate at that step, a float or a tensor of one element.
             lr_max: the group's learning rate when the optimizer was made, > 0; the schedule's own goes before it.
+            first: as `is_sharp`.
 
         Returns:
             A float, or a tensor on the device of `lr` if rho follows a learning rate that is one (nothing waits for the
@@ -112,7 +131,7 @@ class Schedule:
         Raises:
             ValueError: rho follows the learning rate and lr_max is 0.
         """
-        since = max(step - self.first, 0)
+        since = max(step - (self.first if first is None else first), 0)
         if since < self.rho_warmup:
             return rho * since / self.rho_warmup
         if self.rho_follows is None:

@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ..batches.samples import select_samples
+from ..batches.samples import first_samples, select_samples
 from ..buffers.lanes import name_of
 from ..buffers.ledger import Ledger
 from ..errors import check, warn
@@ -28,13 +28,23 @@ _FORGOTTEN = 5
 
 
 class TwoPass(Optimizer):
-    """The protocol that `FSAM` and `SAM` share. They have `ledger`, `ascent`, `clean_view` and `gamma`, and descend."""
+    """The protocol that `FSAM` and `SAM` share. They have the attributes below, and descend.
+
+    Attributes:
+        gamma: ESAM's part of the batch for the second gradient.
+        ascent_fraction: the part of the batch for the first one.
+        splits_batches: whether somebody else (Lightning's callback) sees to that part.
+    """
 
     ledger: Ledger
     ascent: Ascent
     clean_view: CleanView
     gamma: float
+    ascent_fraction: float
+    splits_batches = False
     _unperturbed_steps = 0
+    # Gradients that have no part in the ascent.
+    _carried: dict[Parameter, Tensor]
 
     # -- what the two provide ------------------------------------------------------------------------------------------
 
@@ -58,6 +68,14 @@ class TwoPass(Optimizer):
         """Whether the descent needs all of the first gradient."""
         return False
 
+    def _set_parts(self, gamma: float, ascent_fraction: float) -> None:
+        """Note the parts of the batch for both gradients."""
+        check(0 < gamma <= 1, "gamma", gamma, "must be in (0, 1]")
+        check(0 < ascent_fraction <= 1, "ascent_fraction", ascent_fraction, "must be in (0, 1]")
+        whole = gamma == 1 or ascent_fraction == 1
+        check(whole, "ascent_fraction", ascent_fraction, "must be 1 with gamma < 1, which needs the losses of all")
+        self.gamma, self.ascent_fraction = gamma, ascent_fraction
+
     # -- the protocol --------------------------------------------------------------------------------------------------
 
     @property
@@ -68,7 +86,7 @@ class TwoPass(Optimizer):
     @property
     def is_sharp(self) -> bool:
         """Whether the schedule wants the coming step to be sharpness-aware."""
-        return self.schedule.is_sharp(self.param_groups[0]["updates"])
+        return rho.is_sharp(self.param_groups)
 
     @property
     def perturbed(self) -> bool:
@@ -91,10 +109,11 @@ class TwoPass(Optimizer):
                 (see `select_samples`).
 
         Returns:
-            The loss, or the losses [n], at the clean weights; None without a closure.
+            The loss, or the losses [n], at the clean weights (with ``ascent_fraction < 1`` those of that part); None
+            without a closure.
 
         Raises:
-            ArgumentError: gamma < 1 and no batch was given.
+            ArgumentError: gamma or ascent_fraction < 1 and no batch was given.
             RuntimeError: a GradScaler is in use and a closure was given; or the closure returns a loss and has computed
                 no gradients.
         """
@@ -102,13 +121,15 @@ class TwoPass(Optimizer):
         if closure is None:
             self._finish()
             return None
-        needs_batch = self.gamma < 1 and batch is None
-        check(not needs_batch, "gamma", self.gamma, "must be 1 without a batch: step(closure, batch)")
+        splits_none = batch is not None or self.splits_batches
+        for name, part in (("gamma", self.gamma), ("ascent_fraction", self.ascent_fraction)):
+            check(part == 1 or splits_none, name, part, "must be 1 without a batch: step(closure, batch)")
         loss = None
         try:
             perturbed = self.perturbed
             with contextlib.nullcontext() if perturbed else self.ascent_pass():
-                loss = self._evaluate(closure, batch)
+                in_part = batch is not None and self.ascent_fraction < 1 and self.is_sharp and not perturbed
+                loss = self._evaluate(closure, first_samples(batch, self.ascent_fraction) if in_part else batch)
             if not perturbed and self.is_sharp and (found := self._collect_first()):
                 self._ascend(found)
                 if self.gamma < 1:
@@ -123,6 +144,8 @@ class TwoPass(Optimizer):
         return loss
 
     def _finish(self) -> None:
+        if self._carried:
+            raise RuntimeError("carry_gradients() without perturb(): zero_grad() lets go of what it took")
         self._warn_if_forgotten()
         try:
             self._descend_all()
@@ -228,7 +251,54 @@ class TwoPass(Optimizer):
         self._keep_first_gradients(found)
         for group in self.param_groups:
             for p in group["params"]:
-                p.grad = None
+                p.grad = self._carried.get(p)
+        self._carried.clear()
+
+    def carry_gradients(self) -> None:
+        """Take the gradients that there are out of the coming ascent: the update will descend with them, too.
+
+        For a loss of two terms of which one is to be flat, such as unlearning that is to last (arXiv 2502.05374): the
+        gradient of the other term, at the weights, is set aside here. `perturb` climbs by the gradient that comes after
+        it, and then puts the one set aside into ``p.grad``, to which the second backward pass adds. In a step that is
+        not sharpness-aware nothing is to be done, and nothing is: backward passes add up anyway.
+
+        Example:
+            >>> import torch
+            >>> from fsam_triton import FSAM
+            >>> model = torch.nn.Linear(4, 2)
+            >>> optimizer = FSAM(model.parameters(), lr=1e-3)
+            >>> def retain():
+            ...     return model(torch.ones(1, 4)).square().sum()
+            >>> def forget():
+            ...     return model(-torch.ones(1, 4)).square().sum()
+            >>> for _ in range(2):
+            ...     optimizer.zero_grad()
+            ...     retain().backward()
+            ...     optimizer.carry_gradients()
+            ...     forget().backward()
+            ...     if optimizer.is_sharp:
+            ...         optimizer.perturb()
+            ...         forget().backward()
+            ...     optimizer.step()
+
+        Raises:
+            RuntimeError: the parameters are perturbed already, or gradients have been set aside.
+        """
+        if self.perturbed or self._carried:
+            raise RuntimeError("carry_gradients() is for the gradients before perturb(), once per step")
+        if not self.is_sharp:
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._carried[p] = p.grad
+                    p.grad = None
+
+    @uncompiled
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as `torch.optim.Optimizer.zero_grad`, and what `carry_gradients` has set aside."""
+        self._carried.clear()
+        super().zero_grad(set_to_none)
 
     def _is_unscaled_by(self, scaler: GradScaler) -> bool:
         # A scaler that is switched off has no such attribute.
