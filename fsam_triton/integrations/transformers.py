@@ -17,7 +17,9 @@ from ..batches.samples import first_samples
 from ..errors import check
 from ..optim.adamw_l2sp import AdamWL2SP
 from ..optim.fsam import FSAM
+from ..optim.optimizer import FusedOptimizer
 from ..optim.two_pass import TwoPass
+from .optim_args import parse_optim_args
 
 
 def create_optimizer(
@@ -110,15 +112,17 @@ class SharpnessAwareMixin:
 
     Args:
         *args, **kwargs: of the class below; ``optimizers`` and ``optimizer_cls_and_kwargs`` can give an FSAM.
-        optimizer_kwargs: arguments of `create_optimizer` (default: None, an FSAM of the TrainingArguments).
+        optimizer_kwargs: arguments of `create_optimizer` (default: None, an FSAM of the TrainingArguments). They go
+            before those in ``args.optim_args``, a string such as ``"rho=0.02,schedule.last=decay"`` or
+            ``"optimizer_cls=momentum-sam"`` (see `optim_args.parse_optim_args`).
         same_dropout: make the second pass with the dropout masks of the first, by PyTorch's random numbers of the CPU
             and the training device; those after the step are then the ones after one pass (default: False, masks of
             its own).
 
     Raises:
-        ValueError: the optimizer is neither an FSAM nor a SAM, or wants single samples (gamma < 1); optimizer_kwargs
-            are given beside an optimizer; ``args.optim`` or ``args.optim_args`` ask for another one; DeepSpeed or
-            FSDP is to be used.
+        ValueError: the optimizer is none of this package, or wants single samples (gamma < 1); optimizer_kwargs are
+            given beside an optimizer; ``args.optim`` asks for another one; ``args.optim_args`` cannot be read;
+            DeepSpeed or FSDP is to be used.
 
     Example:
         >>> import transformers
@@ -140,13 +144,11 @@ class SharpnessAwareMixin:
         allowed = "must be None with optimizers or optimizer_cls_and_kwargs"
         check(not (optimizer_kwargs and unused), "optimizer_kwargs", optimizer_kwargs, allowed)
         if not unused:
-            # They would be left unread.
+            # It would be left unread.
             names = ("adamw_torch", "adamw_torch_fused")
             allowed = f"must be one of {', '.join(names)}: an FSAM is made, by optimizer_kwargs"
             check(self.args.optim in names, "args.optim", str(self.args.optim), allowed)
-            check(
-                not self.args.optim_args, "args.optim_args", self.args.optim_args, "must be None: give optimizer_kwargs"
-            )
+            self.optimizer_kwargs = parse_optim_args(self.args.optim_args or "") | self.optimizer_kwargs
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         check(
             not sharded,
@@ -163,14 +165,16 @@ class SharpnessAwareMixin:
             self.optimizer = create_optimizer(model, self.args, **{"decays": decays, **self.optimizer_kwargs})
         optimizer = super().create_optimizer(model)
         own = self._sam
-        check(
-            isinstance(own, TwoPass),
-            "optimizer",
-            type(own).__name__,
-            "must be an FSAM or SAM; others need no second pass",
-        )
-        check(own.gamma == 1, "gamma", own.gamma, "must be 1 with a Trainer: it has no losses of single samples")
+        allowed = "must be an FSAM, a SAM, a MomentumSAM or an AdamWL2SP"
+        check(isinstance(own, TwoPass | FusedOptimizer), "optimizer", type(own).__name__, allowed)
+        gamma = getattr(own, "gamma", 1)
+        check(gamma == 1, "gamma", gamma, "must be 1 with a Trainer: it has no losses of single samples")
         return optimizer
+
+    @property
+    def _takes_two_passes(self) -> bool:
+        """Whether the coming step does."""
+        return isinstance(self._sam, TwoPass) and self._sam.is_sharp
 
     @property
     def _sam(self) -> torch.optim.Optimizer:
@@ -184,7 +188,7 @@ class SharpnessAwareMixin:
             return super().train(*args, **kwargs)
         except BaseException:
             # Between the second pass and the step Trainer clips gradients and calls callbacks.
-            if isinstance(self._sam, TwoPass):
+            if isinstance(self._sam, TwoPass | FusedOptimizer):
                 self._sam.restore()
             raise
 
@@ -196,9 +200,9 @@ class SharpnessAwareMixin:
         Returns:
             The loss at the clean weights.
         """
-        optimizer = self._sam
-        if not optimizer.is_sharp:
+        if not self._takes_two_passes:
             return super().training_step(model, inputs, num_items_in_batch)
+        optimizer = self._sam
         random = _random_state(self.args.device) if self.same_dropout else None
         self._passed.append(_Pass(inputs, num_items_in_batch, random, fraction=optimizer.ascent_fraction))
         try:

@@ -608,10 +608,9 @@ def test_library_itself_does_not_import_transformers():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("asked", [{"optim": "adafactor"}, {"optim_args": "rho=0.1"}], ids=["optim", "optim_args"])
-def test_another_optimizer_in_the_arguments_is_not_left_unread(asked, tmp_path):
-    with pytest.raises(ValueError, match=next(iter(asked))):
-        sam_trainer(tmp_path, bert(), **asked)
+def test_another_optimizer_in_the_arguments_is_not_left_unread(tmp_path):
+    with pytest.raises(ValueError, match="optim"):
+        sam_trainer(tmp_path, bert(), optim="adafactor")
 
 
 def test_steps_of_a_sam_around_adamw_are_those_of_an_fsam(tmp_path):
