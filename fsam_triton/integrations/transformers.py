@@ -122,7 +122,7 @@ class SharpnessAwareMixin:
     Raises:
         ValueError: the optimizer is none of this package, or wants single samples (gamma < 1); optimizer_kwargs are
             given beside an optimizer; ``args.optim`` asks for another one; ``args.optim_args`` cannot be read;
-            DeepSpeed or FSDP is to be used.
+            DeepSpeed or the first version of FSDP is to be used.
 
     Example:
         >>> import transformers
@@ -149,13 +149,11 @@ class SharpnessAwareMixin:
             allowed = f"must be one of {', '.join(names)}: an FSAM is made, by optimizer_kwargs"
             check(self.args.optim in names, "args.optim", str(self.args.optim), allowed)
             self.optimizer_kwargs = parse_optim_args(self.args.optim_args or "") | self.optimizer_kwargs
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        check(
-            not sharded,
-            "args",
-            "DeepSpeed or FSDP",
-            "must be without: no Trainer with sharded parameters has been tried",
-        )
+        allowed = "must be None: use FSDP with fsdp_version 2 or, in DeepSpeed, AdamWL2SP with transformers' Trainer"
+        check(not self.is_deepspeed_enabled, "args.deepspeed", self.args.deepspeed, allowed)
+        if self.is_fsdp_enabled:
+            version = self.accelerator.state.fsdp_plugin.fsdp_version
+            check(version == 2, "args.fsdp_config", f"fsdp_version {version}", "must be fsdp_version 2")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the FSAM, unless there is one, as `transformers.Trainer.create_optimizer`."""
