@@ -293,23 +293,30 @@ def _statistics_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tallies_kept(trainer: Trainer) -> Iterator[None]:
-    """At its end, puts back the numbers, and collections of numbers, in a trainer's private attributes.
+    """At its end, puts back the numbers, and collections of numbers, in a trainer's state and private attributes.
 
-    TRL's trainers have their metrics there, and count tokens, micro-batches and seconds.
+    TRL's trainers have their metrics in the latter, and count tokens, micro-batches and seconds there; axolotl's counts
+    tokens in the former.
     """
-    kept = {n: copy.deepcopy(value) for n, value in vars(trainer).items() if n.startswith("_") and _is_tally(value)}
-    tokens = trainer.state.num_input_tokens_seen
+    own = {name: value for name, value in vars(trainer).items() if name.startswith("_")}
+    holders = ((trainer, own), (trainer.state, vars(trainer.state)))
+    kept = [(holder, {n: copy.deepcopy(v) for n, v in values.items() if _is_tally(v)}) for holder, values in holders]
     try:
         yield
     finally:
-        vars(trainer).update(kept)
-        trainer.state.num_input_tokens_seen = tokens
+        for holder, values in kept:
+            vars(holder).update(values)
 
 
 def _is_tally(value: Any) -> bool:
     if isinstance(value, dict):
         return all(map(_is_tally, value.values()))
-    return all(isinstance(one, int | float) for one in (value if isinstance(value, list | deque) else [value]))
+    return all(map(_is_number, value if isinstance(value, list | deque) else [value]))
+
+
+def _is_number(value: Any) -> bool:
+    # To copy a tensor on a GPU would be a launch for each.
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1 and value.is_cpu)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
