@@ -241,16 +241,17 @@ def climb_coefficients_build(weight: str, scaled=False) -> Build:
 
 
 def descend_coefficients_build(
-    rule: str, weight: str, combined="alone", measured=False, some=False, scaled=False
+    rule: str, weight: str, combined="alone", measured=False, some=False, scaled=False, paired=False
 ) -> Build:
     """What makes the coefficients of `descend_`, and counts the update."""
     pointers = ABOUT | ({"active_ptr": "u8"} if some else {})
     pointers |= {"measured_ptr": "fp64"} if measured or combined != "alone" else {}
     pointers |= {"scale_ptr": "fp32", "other_scale_ptr": "fp32", "overflow_ptr": "fp32"} if scaled else {}
+    pointers |= {"squares_ptr": "fp64", "pairs_ptr": "i64"} if paired else {}
     pointers |= {"coef_ptr": compute_type(weight), "key_ptr": "i32"}
     flags = {"RULE": rule, "COMBINED": combined}
     flags |= {"NUMBERS": len(spec.NUMBERS[rule]), "COLUMNS": len(spec.DESCEND[rule])}
-    words = (rule, compute_type(weight), combined, *said(measured=measured, some=some, scaled=scaled))
+    words = (rule, compute_type(weight), combined, *said(measured=measured, some=some, scaled=scaled, paired=paired))
     return build(coefficients.descend_coefficients_kernel, pointers, *words, **MADE, **flags)
 
 
@@ -370,6 +371,7 @@ COEFFICIENTS = [
     *(climb_coefficients_build(weight, scaled) for weight in ("fp32", "fp64") for scaled in (False, True)),
     *(descend_coefficients_build(rule, weight) for rule in spec.NUMBERS for weight in ("fp32", "fp64")),
     *(descend_coefficients_build("adamw", "fp32", combined, True, True, True) for combined in spec.COMBINED),
+    descend_coefficients_build("adamw", "fp32", paired=True),
 ]
 TOPK = [one for dtype in ("fp32", "bf16", "fp64") for one in topk_builds(dtype)] + topk_builds("fp32", False)
 SPARSE = [*sparse_builds("fp32"), *sparse_builds("bf16"), *sparse_builds("fp64", "i64")]

@@ -24,6 +24,7 @@ def _triton() -> types.SimpleNamespace:
 
     return types.SimpleNamespace(
         norm_sq=norm.norm_sq,
+        norms_sq=norm.norms_sq,
         gap=gap.gap,
         climb_coefficients=coefficients.climb_coefficients,
         perturb_=perturb.perturb_,
@@ -66,8 +67,9 @@ def _pass(name: str, device_of: Callable[..., torch.device], place: int = 0) -> 
     return call
 
 
-norm_sq, gap, perturb_, descend_ = (
-    _pass(name, lambda segments: segments.plan.device) for name in ("norm_sq", "gap", "perturb_", "descend_")
+norm_sq, norms_sq, gap, perturb_, descend_ = (
+    _pass(name, lambda segments: segments.plan.device)
+    for name in ("norm_sq", "norms_sq", "gap", "perturb_", "descend_")
 )
 digit_histogram, write_mask_, gather_ = (
     _pass(name, lambda tensor: tensor.device) for name in ("digit_histogram", "write_mask_", "gather_")

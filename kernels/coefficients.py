@@ -20,6 +20,7 @@ _SCALE, _OF_CHANCE = (tl.constexpr(spec.PERTURB.index(name)) for name in ("scale
 _SIGN, _ALPHA, _MAX_NORM, _AVERAGE = (
     tl.constexpr(spec.NUMBERS["adamw"].index(name)) for name in ("sign", "alpha", "max_norm", "average")
 )
+_LR, _RATE, _BALANCE = (tl.constexpr(spec.NUMBERS["adamw"].index(name)) for name in ("lr", "rate", "balance"))
 _FACTOR, _OTHER, _OF_AVERAGE = (tl.constexpr(spec.DESCEND["adamw"].index(name)) for name in ("factor", "other", "rate"))
 
 
@@ -115,6 +116,22 @@ def _direction(COMBINED: tl.constexpr, measured_ptr, alpha, scale_ptr, other_sca
     return own, other, norm_sq
 
 
+@triton.jit
+def _balanced(numbers, segment, inside, squares_ptr, pairs_ptr):
+    """The rate of decay of each segment; see `formulas.balanced`."""
+    rate = tl.load(numbers + _RATE, mask=inside)
+    if pairs_ptr is None:
+        return rate
+    else:
+        own = tl.load(pairs_ptr + 2 * segment, mask=inside, other=0)
+        other = tl.load(pairs_ptr + 2 * segment + 1, mask=inside, other=0)
+        more = tl.load(squares_ptr + own, mask=inside) - tl.load(squares_ptr + other, mask=inside)
+        sign = tl.where(more > 0, 1.0, tl.where(more < 0, -1.0, 0.0))
+        sign = tl.where(tl.abs(more) < float("inf"), sign, 0.0)
+        factor = 1 - tl.load(numbers + _LR, mask=inside) * rate
+        return rate - tl.load(numbers + _BALANCE, mask=inside) * sign * factor
+
+
 @triton.jit(do_not_specialize=["count", "purpose"])
 def descend_coefficients_kernel(
     numbers_ptr,
@@ -125,6 +142,8 @@ def descend_coefficients_kernel(
     scale_ptr,
     other_scale_ptr,
     overflow_ptr,
+    squares_ptr,
+    pairs_ptr,
     coef_ptr,
     key_ptr,
     count,
@@ -145,6 +164,8 @@ def descend_coefficients_kernel(
         measured_ptr: fp64, squared norm of the gradients, or [3], what `gap` gives; or None.
         scale_ptr, other_scale_ptr: fp32 scalars, what gradients and second ones were multiplied with; or None.
         overflow_ptr: fp32 scalar, not 0 to skip the update; or None.
+        squares_ptr: fp64, squared norms; or None.
+        pairs_ptr: int64 [count, 2], where in these a segment's own is, and that of the other one of its pair; or None.
         coef_ptr: [count, COLUMNS], fp32 or fp64; written.
         key_ptr: int32 [count]; written.
         count: of segments.
@@ -185,12 +206,13 @@ def descend_coefficients_kernel(
     tl.store(coef + _OTHER, of_other, mask=inside)
     # NaN where the update is skipped.
     tl.store(coef + _OF_AVERAGE, tl.load(numbers + _AVERAGE, mask=inside) + 0.0 * of_grad, mask=inside)
+    rate = _balanced(numbers, segment, inside, squares_ptr, pairs_ptr)
     if RULE == "adamw":
-        adamw_row(coef, numbers, step, inside)
+        adamw_row(coef, numbers, rate, step, inside)
     elif RULE == "sgd":
-        sgd_row(coef, numbers, step, inside)
+        sgd_row(coef, numbers, rate, step, inside)
     else:
-        lion_row(coef, numbers, step, inside)
+        lion_row(coef, numbers, rate, step, inside)
 
 
 def _signed(word: int) -> int:
@@ -231,12 +253,14 @@ def descend_coefficients(
     scale: torch.Tensor | None,
     other_scale: torch.Tensor | None,
     overflow: torch.Tensor | None,
+    squares: torch.Tensor | None,
+    pairs: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch `descend_coefficients_kernel`; arguments and result as `reference.descend_coefficients`."""
     columns = len(spec.DESCEND[rule])
     coef, key = _made(members, columns, dtype)
-    given = (numbers, members, steps, active, measured, scale, other_scale, overflow)
+    given = (numbers, members, steps, active, measured, scale, other_scale, overflow, squares, pairs)
     descend_coefficients_kernel[(triton.cdiv(len(members), ROWS),)](
         *given,
         coef,

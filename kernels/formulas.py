@@ -108,6 +108,21 @@ def reuse(dots: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor]:
     return factor, torch.where(usable, sq + 2 * factor * dot + factor**2 * kept_sq, sq)
 
 
+def balanced(rate: Tensor, lr: Tensor, balance: Tensor, squares: Tensor, pairs: Tensor) -> Tensor:
+    """The rate of decay with which a weight decays at `rate`, and then grows or decays at `balance` within its pair.
+
+    ``1 - lr * result = (1 - lr * rate) * (1 + lr * balance * s)``, with the sign s of the difference of the two squared
+    norms, which is 0 where that is not finite: algorithms 2 and 3 of arXiv 2410.14802, by which norms are measured.
+
+    Args:
+        rate, lr, balance: fp64 [n].
+        squares: fp64 [m], squared norms, NaN where there is none.
+        pairs: int64 [n, 2], where in `squares` one's own is and where that of the other one of the pair.
+    """
+    more = squares[pairs[:, 0]] - squares[pairs[:, 1]]
+    return rate - balance * torch.where(more.isfinite(), more.sign(), 0.0) * (1 - lr * rate)
+
+
 def _adamw(n: SimpleNamespace, step: Tensor) -> dict[str, Tensor]:
     return {
         "decay": n.lr * n.rate,
@@ -195,6 +210,8 @@ def descend_coefficients(
     scale: Tensor | None,
     other_scale: Tensor | None,
     overflow: Tensor | None,
+    squares: Tensor | None,
+    pairs: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """What `descend_` is given: unscaling, clipping, a second gradient, and the rule's own; it counts the update.
@@ -215,6 +232,7 @@ def descend_coefficients(
         scale: fp32 [1], what the gradients were multiplied with (a GradScaler's); None for 1.
         other_scale: the same for second gradients that are "decomposed".
         overflow: fp32 [1], not 0 to skip the update; or None.
+        squares, pairs: as those of `balanced`; or None, where no segments are paired.
         dtype: the compute type.
 
     Returns:
@@ -241,6 +259,8 @@ def descend_coefficients(
         skip = skip | (overflow.reshape(()) != 0)
     now = ~skip if active is None else active & ~skip
     steps += now
+    if pairs is not None:
+        n.rate = balanced(n.rate, n.lr, n.balance, squares, pairs)
     columns = _RULES[rule](n, steps.to(torch.float64))
     columns["factor"] = n.sign * torch.where(skip, float("nan"), own * factor)
     # The stored component is a gradient of the objective, whatever its sign in the update.

@@ -112,23 +112,40 @@ def norm_sq(
     along: Along | None = None,
 ) -> torch.Tensor:
     """Launch `norm_kernel` and add up its partial sums in fp64; arguments and result as `reference.norm_sq`."""
+    return _partial(segments, adaptive, mask, scale, along).sum()
+
+
+def norms_sq(segments: Segments) -> torch.Tensor:
+    """Launch `norm_kernel` and add up its partial sums by segment; argument and result as `reference.norms_sq`."""
+    return segments.plan.sums(_partial(segments))
+
+
+def _partial(
+    segments: Segments,
+    adaptive: bool = False,
+    mask: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    along: Along | None = None,
+) -> torch.Tensor:
+    """The sum of each chunk, fp64 [chunks]."""
     plan = segments.plan
-    partial = torch.empty(plan.chunks if segments else 0, dtype=torch.float64, device=plan.device)
-    if len(partial):
-        norm_kernel[(plan.chunks,)](
-            segments.relative(),
-            plan.segment_of("chunks"),
-            segments.anchor("grad"),
-            segments.anchor("weight") if adaptive else None,
-            mask,
-            scale if along is None else along.scale,
-            *((None, None, None) if along is None else (along.lane, along.coef, along.grad_scale)),
-            partial,
-            ALONG="gradient" if along is None else along.kind,
-            BLOCK=BLOCK,
-            CHUNK=spec.CHUNK,
-            num_warps=WARPS,
-            # The order of a sum is the device's own anyway.
-            enable_fp_fusion=True,
-        )
-    return partial.sum()
+    if not segments or not plan.chunks:
+        return torch.zeros(plan.chunks, dtype=torch.float64, device=plan.device)
+    partial = torch.empty(plan.chunks, dtype=torch.float64, device=plan.device)
+    norm_kernel[(plan.chunks,)](
+        segments.relative(),
+        plan.segment_of("chunks"),
+        segments.anchor("grad"),
+        segments.anchor("weight") if adaptive else None,
+        mask,
+        scale if along is None else along.scale,
+        *((None, None, None) if along is None else (along.lane, along.coef, along.grad_scale)),
+        partial,
+        ALONG="gradient" if along is None else along.kind,
+        BLOCK=BLOCK,
+        CHUNK=spec.CHUNK,
+        num_warps=WARPS,
+        # The order of a sum is the device's own anyway.
+        enable_fp_fusion=True,
+    )
+    return partial

@@ -289,6 +289,21 @@ def norm_sq(
     return total
 
 
+def norms_sq(segments: Segments) -> Tensor:
+    """Sum of g^2 over each segment, in one pass over all of them.
+
+    Args:
+        segments: gradients in any float type.
+
+    Returns:
+        fp64 [segments]; 0 of one that takes no part, inf or NaN as `norm_sq`.
+    """
+    total = torch.zeros(len(segments.active), dtype=torch.float64, device=segments.plan.device)
+    for i in _active(segments):
+        total[i] = _norm_sq(_direction(segments, i, None, None)[0], None, None)
+    return total
+
+
 def gap(segments: Segments) -> Tensor:
     """`<a, b>`, `<a, a>` and `<b, b>`, a the other gradients, b the gradients: GSAM's terms (arXiv 2203.08065, eq. 8).
 

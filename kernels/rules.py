@@ -8,7 +8,7 @@ from .rounding import quotient
 
 # The first columns are those of every rule.
 _DECAY = tl.constexpr(spec.DESCEND["adamw"].index("decay"))
-_LR, _RATE = (tl.constexpr(spec.NUMBERS["adamw"].index(name)) for name in ("lr", "rate"))
+_LR = tl.constexpr(spec.NUMBERS["adamw"].index("lr"))
 
 
 def _columns(columns: tuple[str, ...], *names: str) -> list[tl.constexpr]:
@@ -115,18 +115,19 @@ def _power(base, exponent):
 
 
 @triton.jit
-def adamw_row(coef_ptr, numbers_ptr, step, inside):
+def adamw_row(coef_ptr, numbers_ptr, rate, step, inside):
     """AdamW's coefficients, with the bias corrections of each segment's step.
 
     Args:
         coef_ptr: to segments' rows of coefficients; the rule's own columns, and the decay, are written.
         numbers_ptr: to their groups' rows of hyper-parameters, fp64.
+        rate: of decay.
         step: updates including this one.
         inside: which segments there are.
     """
     lr = tl.load(numbers_ptr + _LR, mask=inside)
     beta1, beta2 = tl.load(numbers_ptr + _FROM_BETA1, mask=inside), tl.load(numbers_ptr + _FROM_BETA2, mask=inside)
-    tl.store(coef_ptr + _DECAY, lr * tl.load(numbers_ptr + _RATE, mask=inside), mask=inside)
+    tl.store(coef_ptr + _DECAY, lr * rate, mask=inside)
     tl.store(coef_ptr + _ADAMW_NEW1, 1 - beta1, mask=inside)
     tl.store(coef_ptr + _BETA2, beta2, mask=inside)
     tl.store(coef_ptr + _ADAMW_NEW2, 1 - beta2, mask=inside)
@@ -136,11 +137,11 @@ def adamw_row(coef_ptr, numbers_ptr, step, inside):
 
 
 @triton.jit
-def sgd_row(coef_ptr, numbers_ptr, step, inside):
+def sgd_row(coef_ptr, numbers_ptr, rate, step, inside):
     """SGD's coefficients: the first gradient is the first momentum, undampened. Args as those of `adamw_row`."""
     first = step <= 1
     momentum, new = tl.load(numbers_ptr + _FROM_MOMENTUM, mask=inside), tl.load(numbers_ptr + _FROM_NEW, mask=inside)
-    tl.store(coef_ptr + _DECAY, tl.load(numbers_ptr + _RATE, mask=inside), mask=inside)
+    tl.store(coef_ptr + _DECAY, rate, mask=inside)
     tl.store(coef_ptr + _MOMENTUM, tl.where(first, 0.0, momentum), mask=inside)
     tl.store(coef_ptr + _NEW, tl.where(first, 1.0, new), mask=inside)
     tl.store(coef_ptr + _OF_GRAD, tl.load(numbers_ptr + _FROM_OF_GRAD, mask=inside), mask=inside)
@@ -149,12 +150,12 @@ def sgd_row(coef_ptr, numbers_ptr, step, inside):
 
 
 @triton.jit
-def lion_row(coef_ptr, numbers_ptr, step, inside):
+def lion_row(coef_ptr, numbers_ptr, rate, step, inside):
     """Lion's coefficients. Args as those of `adamw_row`."""
     lr = tl.load(numbers_ptr + _LR, mask=inside)
     beta1 = tl.load(numbers_ptr + _FROM_LION_BETA1, mask=inside)
     beta2 = tl.load(numbers_ptr + _FROM_LION_BETA2, mask=inside)
-    tl.store(coef_ptr + _DECAY, lr * tl.load(numbers_ptr + _RATE, mask=inside), mask=inside)
+    tl.store(coef_ptr + _DECAY, lr * rate, mask=inside)
     tl.store(coef_ptr + _BETA1, beta1, mask=inside)
     tl.store(coef_ptr + _LION_NEW1, 1 - beta1, mask=inside)
     tl.store(coef_ptr + _LION_NEW2, 1 - beta2, mask=inside)

@@ -42,6 +42,7 @@ class Plan:
         self.offsets: list[int] = self.template[:, _COLUMN["offset"]].tolist()
         self.size, self.blocks, self.chunks = (int(c.sum()) for c in (padded, self._blocks_of, self._chunks_of))
         self._maps: dict[str, Tensor] = {}
+        self._counts: Tensor | None = None
         self._alone: dict[int, Plan] = {}
 
     def segment_of(self, what: str) -> Tensor:
@@ -51,6 +52,13 @@ class Plan:
             host = torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int32), counts))
             self._maps[what] = upload(host, self.device)
         return self._maps[what]
+
+    def sums(self, partial: Tensor) -> Tensor:
+        """The sums over each segment of numbers for the chunks [chunks], in a fixed order, [segments]."""
+        if self._counts is None:
+            self._counts = upload(torch.from_numpy(self._chunks_of), self.device)
+        # What it would check is the host's, and right.
+        return torch.segment_reduce(partial, "sum", lengths=self._counts, unsafe=True)
 
     def only(self, i: int) -> Plan:
         """The same lanes with programs for segment i alone, for launches in which no other takes part."""

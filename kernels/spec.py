@@ -58,7 +58,8 @@ CLIMB = ("rho", "chance")
 #   alpha: how much the second gradients count
 #   max_norm: what the norm of the gradients is clipped to, inf to leave them as they are
 #   average: how fast the average follows the weights
-_OF_GROUP = ("lr", "rate", "sign", "alpha", "max_norm", "average")
+#   balance: how fast the segment of a pair that has the larger norm grows, and the other one decays; may be negative
+_OF_GROUP = ("lr", "rate", "sign", "alpha", "max_norm", "average", "balance")
 NUMBERS = {
     "adamw": (*_OF_GROUP, "beta1", "beta2", "eps"),
     "sgd": (*_OF_GROUP, "momentum", "new", "of_grad", "of_buffer"),

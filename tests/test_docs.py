@@ -28,6 +28,7 @@ MODULES = (
     "masks.perturbed",
     "masks.trained",
     "optim.adamw_l2sp",
+    "optim.balance",
     "optim.fsam",
     "optim.momentum_sam",
     "optim.sam",

@@ -24,6 +24,7 @@ from ..kernels.segments import Segments
 from ..masks.trained import FishMask
 from . import coefficients
 from .anchors import misnamed
+from .balance import Balance
 from .checkpoint import checked_groups, checked_state
 from .release import GradientRelease
 from .rules import RULES, is_finite
@@ -46,12 +47,14 @@ class Direction:
         alpha: how much they count.
         measured: the squared norm of the gradients, if it matters, or all that `gap` gives of both; on the home device.
         other_scale: what a GradScaler has multiplied the second gradients with.
+        squares: of LoRA adapters that are balanced, the squared norms by which they are.
     """
 
     combined: str = "alone"
     alpha: float = 0.0
     measured: Tensor | None = None
     other_scale: Tensor | None = None
+    squares: Tensor | None = None
 
 
 @dataclass
@@ -62,11 +65,17 @@ class Half:
         lanes: whose.
         segments: of the launch of each of its passes.
         steps: how far weights are from the clean ones, if that is known instead of these.
+        squares: the squared norm of each gradient, if they have been measured.
     """
 
     lanes: Lanes
     segments: Segments
     steps: Tensor | None = None
+    squares: Tensor | None = None
+
+    def norm_sq(self) -> Tensor:
+        """The squared norm of all gradients."""
+        return ops.norm_sq(self.segments, False, None) if self.squares is None else self.squares.sum()
 
     @property
     def active(self) -> list[bool]:
@@ -90,6 +99,12 @@ class FusedOptimizer(Optimizer):
             are novel. It may be a whole ``state_dict()``; names of which only a prefix or a wrapper's part differs from
             a parameter's are refused (default: ``"initial"``).
         maximize: maximize the objective (group; default: False).
+        balance: the strength alpha >= 0 of BAR, balancedness-aware regularisation of LoRA adapters (arXiv 2410.14802,
+            0.2 to 2 there), by which one matrix of a pair grows in each step, ``w *= 1 + lr * balance``, and the other
+            one decays likewise, before the update. Pairs are known by their names in peft (``lora_A`` and ``lora_B``,
+            ``lora_embedding_A`` and ``_B``), so ``params`` must carry names (group; default: 0).
+        balance_by: which one grows: with ``"gradients"`` the one with the larger gradient (the paper's nBAR), with
+            ``"weights"`` the smaller one (oBAR), both by Frobenius norm (default: ``"gradients"``).
         max_grad_norm: clip the global gradient norm to this, > 0, as ``clip_grad_norm_`` does; a step whose norm is not
             finite is skipped altogether (default: None, no clipping).
         state_format: how the rule's state is kept (group): ``"fp32"``; ``"bf16"``; ``"8bit"``, in codes of one byte
@@ -140,6 +155,8 @@ class FusedOptimizer(Optimizer):
         l2_sp: float = 0.0,
         anchors: str | Mapping[str, Tensor] = "initial",
         maximize: bool = False,
+        balance: float = 0.0,
+        balance_by: str = "gradients",
         max_grad_norm: float | None = None,
         state_format: str | None = None,
         master_weights: bool | str = False,
@@ -174,6 +191,7 @@ class FusedOptimizer(Optimizer):
         self.stochastic_rounding, self.seed, self.others = stochastic_rounding, seed, OtherParts(norm_group)
         self._check_trainable(trainable)
         self.trainable = trainable
+        self.balance = Balance(balance_by)
         self._shows_ema = False
         self.ledger = self._new_ledger()
         defaults = {
@@ -184,12 +202,14 @@ class FusedOptimizer(Optimizer):
             "l2_sp": l2_sp,
             "state_format": state_format,
             "maximize": maximize,
+            "balance": balance,
             "flatten": flatten,
             **(_of_group or {}),
         }
         self._check_group(defaults)
         super().__init__(params, defaults)
         self._check_anchors()
+        self.balance.check(self.param_groups, self.trainable)
 
     def _new_ledger(self) -> Ledger:
         return Ledger(self._structure, self._trained, self._prepare)
@@ -224,7 +244,7 @@ class FusedOptimizer(Optimizer):
         check(state_format in allowed, "state_format", state_format, f"must be one of {allowed}")
         unmasked = self.trainable is None or state_format != "8bit"
         check(unmasked, "state_format", state_format, "must be another one with trainable, whose state is small")
-        for name in ("weight_decay", "l2_sp"):
+        for name in ("weight_decay", "l2_sp", "balance"):
             value = group[name]
             check(is_finite(value) and value >= 0, name, value, "must be a finite number >= 0")
 
@@ -377,7 +397,9 @@ class FusedOptimizer(Optimizer):
             # A weight that two parameters share is updated twice, each time from where the last update left it.
             self.ledger.restore()
         work = [self._prepared(lanes, grads) for lanes, grads in found]
+        squares = self.balance.measure(self.ledger, self.param_groups, work)
         direction = self._direction(work)
+        direction.squares = squares
         for half in work:
             if self.ledger.shares:
                 half.lanes.stage()
@@ -470,7 +492,8 @@ class FusedOptimizer(Optimizer):
                 "max_grad_norm: the parameters in the optimizer's groups were replaced by tensors that are none (as "
                 "DeepSpeed does), of which this process may have a part: have the wrapper clip (gradient_clipping)"
             )
-        return Direction(measured=self._sum(work, lambda segments: ops.norm_sq(segments, False, None)))
+        norms = ((half.lanes, half.norm_sq()) for half in work)
+        return Direction(measured=self.others.sum(sum_over_shards(norms, self.ledger.home)))
 
     def _allocate(self, lanes: Lanes, fill: bool = True) -> None:
         group = lanes.groups[0]
@@ -543,13 +566,14 @@ class FusedOptimizer(Optimizer):
         rows = [
             (
                 *(group["lr"], group[decay], -1.0 if group["maximize"] else 1.0),
-                *(direction.alpha, max_norm, average, *self.rule.hyper(group)),
+                *(direction.alpha, max_norm, average, self.balance.signed(group), *self.rule.hyper(group)),
             )
             for group in lanes.groups
         ]
         # GradScaler gives the number 0 where there was no gradient to check.
         overflow = found if isinstance(found := getattr(self, "found_inf", None), Tensor) else None
         scalars = (direction.measured, getattr(self, "grad_scale", None), direction.other_scale, overflow)
+        scalars = (*scalars, direction.squares)
         return ops.descend_coefficients(
             self.rule.name,
             direction.combined,
@@ -559,6 +583,7 @@ class FusedOptimizer(Optimizer):
             None if all(active) else lanes.flags(active),
             coefficients.purpose(self.seed, _UPDATE),
             *(None if t is None else t.to(lanes.device, non_blocking=True) for t in scalars),
+            None if direction.squares is None else self.balance.pairs(lanes),
             compute_dtype(lanes.dtype),
         )
 
@@ -724,7 +749,7 @@ class FusedOptimizer(Optimizer):
     # Attributes that a copy takes over as they are.
     _ARGUMENTS = frozenset(
         (
-            *("rule", "anchors", "max_grad_norm", "master_weights", "ema_decay"),
+            *("rule", "anchors", "max_grad_norm", "master_weights", "ema_decay", "balance"),
             *("stochastic_rounding", "seed", "others", "trainable", "_shows_ema"),
         )
     )

@@ -31,6 +31,8 @@ class GradientRelease:
         norm = optimizer.max_grad_norm
         check(norm is None, "max_grad_norm", norm, "must be None: clipping needs all gradients")
         check(optimizer.trainable is None, "trainable", "a FishMask", "must be None with released gradients")
+        balances = optimizer.balance.is_on(optimizer.param_groups)
+        check(not balances, "balance", "> 0", "must be 0 with released gradients: it compares those of two parameters")
         if hasattr(optimizer, "ascent_pass"):
             raise RuntimeError("two passes need their gradients until perturb() and step(): use MomentumSAM")
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

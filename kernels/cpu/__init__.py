@@ -88,14 +88,30 @@ def norm_sq(
     along: Along | None = None,
 ) -> Tensor:
     """The same as `reference.norm_sq`, except for the order of additions."""
-    result = torch.zeros((), dtype=torch.float64)
+    return _sums(segments, adaptive, mask, scale, along)[1]
+
+
+@_or_reference
+def norms_sq(segments: Segments) -> Tensor:
+    """The same as `reference.norms_sq`, except for the order of additions."""
+    return segments.plan.sums(_sums(segments)[0])
+
+
+def _sums(
+    segments: Segments,
+    adaptive: bool = False,
+    mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    along: Along | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum of squares of each chunk, and of all."""
+    sums, result = torch.zeros(segments.plan.chunks, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     if segments:
         options = {"adaptive": adaptive, "masked": mask is not None, "coded": scale is not None, "along": _kind(along)}
         grad = segments.dtype("grad")
         function = _norm_sq(segments.dtype(), grad, grad if along is None else along.lane.dtype, **options)
-        sums = torch.empty(segments.plan.chunks, dtype=torch.float64)
         _run(function, segments, mask, scale, *_steering(along), sums, result)
-    return result
+    return sums, result
 
 
 def _kind(along: Along | None) -> int:
@@ -252,7 +268,7 @@ def climb_coefficients(
 
 @functools.cache
 def _descend_coefficients(rule: str, dtype: torch.dtype) -> Callable[..., Any]:
-    types = (*[_ADDRESS] * 2, _LONG, *[_ADDRESS] * 2, _INT, _WORD, *[_ADDRESS] * 6)
+    types = (*[_ADDRESS] * 2, _LONG, *[_ADDRESS] * 2, _INT, _WORD, *[_ADDRESS] * 8)
     return build.function("coefficients", f"descend_coefficients<rules::{rule}, {_TYPES[dtype]}>", *types)
 
 
@@ -269,12 +285,14 @@ def descend_coefficients(
     scale: Tensor | None,
     other_scale: Tensor | None,
     overflow: Tensor | None,
+    squares: Tensor | None,
+    pairs: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The same as `reference.descend_coefficients`, except for the last bit of a power."""
     coef, key = _coefficients(len(members), spec.DESCEND[rule], dtype)
     given = (numbers.data_ptr(), members.data_ptr(), len(members), steps.data_ptr(), _address_of(active))
-    more = map(_address_of, (measured, scale, other_scale, overflow, coef, key))
+    more = map(_address_of, (measured, scale, other_scale, overflow, squares, pairs, coef, key))
     _descend_coefficients(rule, dtype)(*given, spec.COMBINED.index(combined), purpose, *more)
     return coef, key
 

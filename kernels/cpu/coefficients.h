@@ -57,15 +57,21 @@ void climb_coefficients(const numbers::climb* numbers, const Member* members, in
   }
 }
 
+// The sign of the difference of the two norms of a pair; see `formulas.balanced`.
+inline double larger_of_pair(const double* squares, const int64_t* pair) {
+  const double more = squares[pair[0]] - squares[pair[1]];
+  return finite(more) ? sign(more) : 0;
+}
+
 // As `climb_coefficients`; `steps` are written, too.
 //
 //   active: [count], or null; measured: [1], [3], or null; scale, other_scale, overflow: [1], or null
-//   combined: an index into spec.COMBINED
+//   squares: [any], pairs: [count, 2], or both null; combined: an index into spec.COMBINED
 template <typename RULE, typename C>
 void descend_coefficients(const typename RULE::Numbers* numbers, const Member* members, int64_t count, float* steps,
                           const bool* active, int combined, uint32_t purpose, const double* measured,
-                          const float* scale, const float* other_scale, const float* overflow,
-                          typename RULE::template Coefficients<C>* coefficients, uint32_t* key) {
+                          const float* scale, const float* other_scale, const float* overflow, const double* squares,
+                          const int64_t* pairs, typename RULE::template Coefficients<C>* coefficients, uint32_t* key) {
   const double inverse = scale ? 1 / double(*scale) : 1, alpha = numbers->alpha, max_norm = numbers->max_norm;
   Direction direction = {1, 0, measured ? *measured : 0};
   if (combined == COMBINED_DECOMPOSED)
@@ -81,7 +87,8 @@ void descend_coefficients(const typename RULE::Numbers* numbers, const Member* m
   }
   const double own = skip ? __builtin_nan("") : direction.own * factor;
   for (int64_t s = 0; s < count; s++) {
-    const typename RULE::Numbers& n = numbers[members[s].group];
+    typename RULE::Numbers n = numbers[members[s].group];
+    if (pairs) n.rate -= n.balance * larger_of_pair(squares, pairs + 2 * s) * (1 - n.lr * n.rate);
     steps[s] += float(!skip && (!active || active[s]));
     typename RULE::template Coefficients<double> c;
     c.factor = n.sign * own;

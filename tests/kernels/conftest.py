@@ -28,11 +28,12 @@ def interpret(pytestconfig) -> Callable:
 
 @pytest.fixture(scope="session")
 def kernels(interpret) -> SimpleNamespace:
-    """The four passes over segments as the kernels do them, in place of the module `reference`."""
+    """The passes over segments as the kernels do them, in place of the module `reference`."""
     from fsam_triton.kernels import descend, gap, norm, perturb
 
     return SimpleNamespace(
         norm_sq=lambda *args: interpret(norm.norm_sq, *args),
+        norms_sq=lambda *args: interpret(norm.norms_sq, *args),
         gap=lambda *args: interpret(gap.gap, *args),
         perturb_=lambda *args: interpret(perturb.perturb_, *args),
         descend_=lambda *args: interpret(descend.descend_, *args),

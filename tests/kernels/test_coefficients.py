@@ -72,7 +72,7 @@ def numbers_of(rule: str, max_norm: float, average: float) -> Tensor:
     rows = []
     for i, own in enumerate(RULES[rule]):
         shared = {"lr": 0.01 * (i + 1), "rate": 0.1 * i, "sign": (1.0, -1.0, 1.0)[i], "alpha": 0.4}
-        shared |= {"max_norm": max_norm, "average": average}
+        shared |= {"max_norm": max_norm, "average": average, "balance": (0.0, 0.5, -2.0)[i]}
         values = shared | dict(zip([name for name in spec.NUMBERS[rule] if name not in shared], own, strict=True))
         rows.append([values[name] for name in spec.NUMBERS[rule]])
     return torch.tensor(rows, dtype=torch.float64)
@@ -80,13 +80,14 @@ def numbers_of(rule: str, max_norm: float, average: float) -> Tensor:
 
 def compare(rule: str, combined: str, made_by, dtype: torch.dtype, *, measured=None, **options) -> None:
     given = {"active": None, "scale": None, "other_scale": None, "overflow": None, "max_norm": float("inf")}
-    given |= {"average": 0.0} | options
+    given |= {"average": 0.0, "squares": None, "pairs": None} | options
     numbers = numbers_of(rule, given["max_norm"], given["average"])
     counts = [steps(), steps()]
     results = []
     for count, function in zip(counts, (made_by, lambda name, *args: getattr(formulas, name)(*args)), strict=True):
         before = (rule, combined, numbers, members(3), count, given["active"], 77)
-        after = (measured, *(scalar(given[name]) for name in ("scale", "other_scale", "overflow")), dtype)
+        scalars = (scalar(given[name]) for name in ("scale", "other_scale", "overflow"))
+        after = (measured, *scalars, given["squares"], given["pairs"], dtype)
         results.append(function("descend_coefficients", *before, *after))
     (coef, key), (expected, expected_key) = results
     assert torch.equal(counts[0], counts[1])
@@ -99,6 +100,17 @@ def compare(rule: str, combined: str, made_by, dtype: torch.dtype, *, measured=N
 @pytest.mark.parametrize("rule", RULES)
 def test_coefficients_of_every_rule(rule, dtype, made_by):
     compare(rule, "alone", made_by, dtype, average=0.001)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_decay_of_segments_that_are_paired(rule, made_by):
+    """Larger, smaller and equal norms, some that are not finite, and segments that are their own pair."""
+    values = torch.tensor([0.0, 1.0, 2.0, 2.0, float("inf"), float("nan")], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    squares = values[torch.randint(len(values), (N + 9,), generator=generator)]
+    pairs = torch.randint(len(squares), (N, 2), generator=generator)
+    pairs[::5, 1] = pairs[::5, 0]
+    compare(rule, "alone", made_by, torch.float64, squares=squares, pairs=pairs)
 
 
 @pytest.mark.parametrize("overflow", [None, 0.0, 1.0])

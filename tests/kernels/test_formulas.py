@@ -98,7 +98,7 @@ def test_norm_that_is_not_finite_asks_to_skip(norm_sq):
 
 # -- rules -------------------------------------------------------------------------------------------------------------
 
-NUMBERS = {"lr": 0.1, "rate": 0.01, "sign": 1.0, "alpha": 0.0, "max_norm": math.inf, "average": 0.25}
+NUMBERS = {"lr": 0.1, "rate": 0.01, "sign": 1.0, "alpha": 0.0, "max_norm": math.inf, "average": 0.25, "balance": 0.0}
 NUMBERS |= {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.9, "new": 0.75, "of_grad": 1.0, "of_buffer": 0.9}
 
 
@@ -110,7 +110,7 @@ def columns_of(rule: str, updates: list[float], *, measured=None, scale=None, ov
     measured = None if measured is None else fp64(measured)[0]
     scalars = (None if value is None else torch.tensor([value]) for value in (scale, None, overflow))
     coef, _ = formulas.descend_coefficients(
-        rule, "alone", rows, members, steps, None, 7, measured, *scalars, torch.float64
+        rule, "alone", rows, members, steps, None, 7, measured, *scalars, None, None, torch.float64
     )
     return {**dict(zip(spec.DESCEND[rule], coef.T.tolist(), strict=True)), "steps": steps.tolist()}
 

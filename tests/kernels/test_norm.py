@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsam_triton.kernels import reference, spec
+from fsam_triton.kernels import cpu, reference, spec
 from fsam_triton.kernels.segments import Plan, Segments
 from tests.kernel_cases import FLOATS, LENGTHS, label, ordinary, pairwise, random_mask
 from tests.launches import launch_of
@@ -161,3 +161,37 @@ def test_elements_past_a_ragged_end_do_not_count(module):
     whole = torch.full((2048,), math.nan)
     whole[:1100] = 1.0
     assert float(norm_sq(module, whole[:1100])) == 1100.0
+
+
+# -- by segment --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["kernel", "C++", "reference"])
+def any_module(request, kernels):
+    return {"kernel": kernels, "C++": cpu, "reference": reference}[request.param]
+
+
+@every_dtype
+def test_sum_of_each_tensor_is_exact(any_module, dtype):
+    segments = launch_of(dtype, ("weight", "grad"), make=integers, shapes=SHAPES).segments()
+    expected = [
+        float(terms(segments.flat("grad", i), None, None).sum()) if active else 0.0
+        for i, active in enumerate(segments.active)
+    ]
+    assert any_module.norms_sq(segments).tolist() == expected
+
+
+def test_sums_of_tensors_that_take_no_part_are_zero(any_module):
+    grad = torch.ones(100)
+    segments = Segments(Plan([100, 0], grad.device), [grad, grad[:0]], [None, None])
+    assert any_module.norms_sq(segments).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_non_finite_gradient_shows_in_the_sum_of_its_tensor_alone(any_module, bad):
+    first, second = torch.ones(spec.CHUNK + 5), torch.ones(7)
+    first[spec.CHUNK + 1] = bad
+    plan = Plan([len(first), len(second)], first.device)
+    sums = any_module.norms_sq(Segments(plan, [first, second], [first, second])).tolist()
+    assert not math.isfinite(sums[0])
+    assert sums[1] == 7.0
