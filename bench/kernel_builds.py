@@ -10,7 +10,19 @@ from typing import Any
 import torch
 from triton.compiler import ASTSource
 
-from fsam_triton.kernels import blocks, coefficients, descend, fisher, gap, norm, perturb, sparse, spec, topk_mask
+from fsam_triton.kernels import (
+    blocks,
+    coefficients,
+    descend,
+    fisher,
+    gap,
+    noise,
+    norm,
+    perturb,
+    sparse,
+    spec,
+    topk_mask,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 DTYPES |= {"i8": torch.int8, "u8": torch.uint8, "i16": torch.int16, "i32": torch.int32, "i64": torch.int64}
@@ -299,6 +311,17 @@ def fisher_build(dtype: str, n_out: int, n_in: int, absolute=False) -> Build:
     return Build(name, kernel, tuple(pointers.items()), tuple(flags.items()), tuple(integers.items()), tuple(options))
 
 
+def noise_build(weight: str, out: str, columns: int, by_column=False) -> Build:
+    """`add_noise_` to a weight of so many columns."""
+    warps = blocks.shape(*(torch.empty(0, dtype=DTYPES[dtype]) for dtype in (weight, out)))
+    pointers = {"weight_ptr": weight, "scale_ptr": compute_type(weight), "out_ptr": out}
+    flags = {"BY_COLUMN": by_column, "ROWS": noise.ROWS, "COLUMNS": noise.COLUMNS}
+    # The launcher has `rows` and `key` not specialised.
+    integers = (("rows", False), ("columns", columns % 16 == 0), ("key", False))
+    words = (f"{weight}_to_{out}", f"columns_{columns}", *said(by_column=by_column))
+    return build(noise.add_noise_kernel, pointers, *words, integers=integers, lanes=warps["LANES"], **flags)
+
+
 # -- what is launched --------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +396,12 @@ COEFFICIENTS = [
     *(descend_coefficients_build("adamw", "fp32", combined, True, True, True) for combined in spec.COMBINED),
     descend_coefficients_build("adamw", "fp32", paired=True),
 ]
+NOISE = [
+    *(noise_build(dtype, dtype, 4096) for dtype in ("fp32", "bf16", "fp16", "fp64")),
+    noise_build("fp32", "bf16", 4096),
+    noise_build("bf16", "bf16", 4096, by_column=True),
+    noise_build("bf16", "bf16", 770),
+]
 TOPK = [one for dtype in ("fp32", "bf16", "fp64") for one in topk_builds(dtype)] + topk_builds("fp32", False)
 SPARSE = [*sparse_builds("fp32"), *sparse_builds("bf16"), *sparse_builds("fp64", "i64")]
 # Small tiles, large ones, rows that are no whole vectors.
@@ -391,7 +420,7 @@ def configurations() -> dict[Build, list[str]]:
                 if method not in found.setdefault(one, []):
                     found[one].append(method)
     others = {"several options": COMBINED, "coefficients": COEFFICIENTS, "choice of a mask": TOPK}
-    others |= {"FishMask": SPARSE, "estimate_fisher": FISHER}
+    others |= {"FishMask": SPARSE, "estimate_fisher": FISHER, "FlatLoRA": NOISE}
     for launcher, builds in others.items():
         for one in builds:
             found.setdefault(one, []).append(launcher)

@@ -7,6 +7,7 @@ from .fisher import causal_lm_loss, estimate_fisher
 from .masks.perturbed import FisherMask
 from .masks.trained import FishMask
 from .optim.adamw_l2sp import AdamWL2SP
+from .optim.flat_lora import FlatLoRA
 from .optim.fsam import FSAM
 from .optim.momentum_sam import MomentumSAM
 from .optim.sam import SAM
@@ -24,6 +25,7 @@ __all__ = [
     "DeltaError",
     "FishMask",
     "FisherMask",
+    "FlatLoRA",
     "Mixup",
     "MixupDraw",
     "MomentumSAM",

@@ -20,7 +20,7 @@ from .kernels import build, reference
 @functools.cache
 def _triton() -> types.SimpleNamespace:
     """The Triton launchers, imported on first use: a machine without a GPU need not have Triton."""
-    from .kernels import coefficients, descend, fisher, gap, norm, perturb, sparse, topk_mask
+    from .kernels import coefficients, descend, fisher, gap, noise, norm, perturb, sparse, topk_mask
 
     return types.SimpleNamespace(
         norm_sq=norm.norm_sq,
@@ -30,6 +30,7 @@ def _triton() -> types.SimpleNamespace:
         perturb_=perturb.perturb_,
         descend_coefficients=coefficients.descend_coefficients,
         descend_=descend.descend_,
+        add_noise_=noise.add_noise_,
         digit_histogram=topk_mask.digit_histogram,
         write_mask_=topk_mask.write_mask_,
         gather_=sparse.gather_,
@@ -71,8 +72,8 @@ norm_sq, norms_sq, gap, perturb_, descend_ = (
     _pass(name, lambda segments: segments.plan.device)
     for name in ("norm_sq", "norms_sq", "gap", "perturb_", "descend_")
 )
-digit_histogram, write_mask_, gather_ = (
-    _pass(name, lambda tensor: tensor.device) for name in ("digit_histogram", "write_mask_", "gather_")
+digit_histogram, write_mask_, gather_, add_noise_ = (
+    _pass(name, lambda tensor: tensor.device) for name in ("digit_histogram", "write_mask_", "gather_", "add_noise_")
 )
 scatter_ = _pass("scatter_", lambda tensors: tensors[0].device)
 climb_coefficients = _pass("climb_coefficients", lambda numbers: numbers.device)

@@ -31,6 +31,9 @@ FLAGS = (
     *("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-fPIC", "-fopenmp"),
 )
+# Constants of `spec`.
+_INTEGERS = ("CHUNK", "ALIGN", "GROUP", "SIGNED_LEVELS", "UNSIGNED_LEVELS", "NOISE_CENTRE")
+_FLOATS = ("LARGE", "SMALLEST", "NOISE_LINEAR", "NOISE_CUBIC")
 # Names of columns that C++ has other uses for.
 _KEYWORDS = {"new"}
 
@@ -46,7 +49,7 @@ def _structure(name: str, element: str, columns: tuple[str, ...]) -> str:
 
 def prelude() -> str:
     """What C++ takes from `spec`: constants, a row of a table, rows of coefficients."""
-    integers = {name: getattr(spec, name) for name in ("CHUNK", "ALIGN", "GROUP", "SIGNED_LEVELS", "UNSIGNED_LEVELS")}
+    integers = {name: getattr(spec, name) for name in _INTEGERS}
     words = {name: getattr(spec, name) for name in ("WEYL", "MIX", "STEP")}
     words |= {f"MIX{i}": factor for i, factor in enumerate(spec.MIXES)}
     return "".join(
@@ -54,7 +57,7 @@ def prelude() -> str:
             "#include <cstdint>\n",
             *(f"constexpr int64_t {name} = {value};\n" for name, value in integers.items()),
             *(f"constexpr uint32_t {name} = {value}u;\n" for name, value in words.items()),
-            *(f"constexpr float {name} = {float(getattr(spec, name)).hex()}f;\n" for name in ("LARGE", "SMALLEST")),
+            *(f"constexpr float {name} = {float(getattr(spec, name)).hex()}f;\n" for name in _FLOATS),
             *(f"constexpr int COMBINED_{name.upper()} = {i};\n" for i, name in enumerate(spec.COMBINED)),
             *(f"constexpr int ALONG_{name.upper()} = {i};\n" for i, name in enumerate(spec.ALONG)),
             _structure("Segment", "int64_t", spec.TABLE),

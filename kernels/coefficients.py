@@ -215,7 +215,7 @@ def descend_coefficients_kernel(
         lion_row(coef, numbers, rate, step, inside)
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
     """The same 32 bits as a number of which Triton always makes an int32."""
     return word - ((word >> 31) << 32)
 
@@ -236,7 +236,7 @@ def climb_coefficients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch `climb_coefficients_kernel`; arguments and result as `reference.climb_coefficients`."""
     coef, key = _made(members, len(spec.PERTURB), dtype)
-    given = (numbers, members, steps, norm_sq, scale, coef, key, len(members), _signed(purpose))
+    given = (numbers, members, steps, norm_sq, scale, coef, key, len(members), signed(purpose))
     climb_coefficients_kernel[(triton.cdiv(len(members), ROWS),)](*given, ROWS=ROWS, enable_fp_fusion=False)
     return coef, key
 
@@ -266,7 +266,7 @@ def descend_coefficients(
         coef,
         key,
         len(members),
-        _signed(purpose),
+        signed(purpose),
         RULE=rule,
         COMBINED=combined,
         NUMBERS=len(spec.NUMBERS[rule]),

@@ -38,6 +38,39 @@ def random_bits(like: Tensor, key: Tensor) -> Tensor:
     return x * spec.MIX
 
 
+def normals(like: Tensor, key: Tensor) -> Tensor:
+    """A nearly Gaussian number for each element of `like`, fp32 or fp64 as that is computed in.
+
+    A cubic polynomial of the sum of four bytes, which are uniform over the generator's whole cycle of 2**32 numbers.
+    Over it mean and skewness are 0, the variance is 1 and the kurtosis 3, as those of a Gaussian, to six digits; the
+    distribution function is within 0.0021 of a Gaussian's, the sixth moment is 14.46 instead of 15, and no number is
+    larger than 4.05. Numbers with other keys are those of another place in the same cycle.
+
+    Args:
+        like: of any shape, taken in the order of memory if it is dense.
+        key: scalar in [0, 2**32).
+    """
+    bits = random_bits(like, key)
+    bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * spec.MIXES[0]
+    pairs = (bits & 0x00FF00FF) + ((bits >> 8) & 0x00FF00FF)
+    t = ((pairs & 0xFFFF) + (pairs >> 16) - spec.NOISE_CENTRE).to(compute_dtype(like.dtype))
+    return t * (spec.NOISE_LINEAR + spec.NOISE_CUBIC * (t * t))
+
+
+def add_noise_(out: Tensor, weight: Tensor, scale: Tensor, key: int, by_column: bool) -> None:
+    """out <- weight + scale z, with nearly Gaussian z (see `normals`) that depend on the key and the place alone.
+
+    Args:
+        out: [rows, columns], contiguous, of any float type; may be the weight itself; written.
+        weight: [rows, columns], contiguous.
+        scale: of the noise, [rows], or [columns] if `by_column`, in the type that the weight is computed in.
+        key: of the random numbers, in [0, 2**32).
+        by_column: each column has a scale of its own, instead of each row.
+    """
+    z = normals(weight.view(-1), torch.tensor(key, device=weight.device)).view_as(weight)
+    out.copy_(weight.to(z.dtype) + (scale if by_column else scale[:, None]) * z)
+
+
 def high_half(bits: Tensor) -> Tensor:
     """Upper 16 of 32 random bits, as int32 in [-32768, 32768)."""
     return bits >> 16

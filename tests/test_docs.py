@@ -29,6 +29,7 @@ MODULES = (
     "masks.trained",
     "optim.adamw_l2sp",
     "optim.balance",
+    "optim.flat_lora",
     "optim.fsam",
     "optim.momentum_sam",
     "optim.sam",

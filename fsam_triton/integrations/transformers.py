@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..batches.samples import first_samples
 from ..errors import check
 from ..optim.adamw_l2sp import AdamWL2SP
+from ..optim.flat_lora import FlatLoRA
 from ..optim.fsam import FSAM
 from ..optim.optimizer import FusedOptimizer
 from ..optim.two_pass import TwoPass
@@ -329,3 +330,51 @@ def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
     torch.set_rng_state(states[0])
     for state in states[1:]:
         torch.get_device_module(device).set_rng_state(state)
+
+
+class FlatLoRACallback(TrainerCallback):
+    """`FlatLoRA` in transformers' Trainer and classes derived from it, TRL's say, for a model with LoRA adapters.
+
+    The noise begins with the training and ends with it; a run that is resumed has the noise of one that was not
+    interrupted. The strength rises over the steps of the run.
+
+    Args:
+        sigma: the strength of the noise at the end (default: 0.05).
+        seed: of the noise (default: None, that of the TrainingArguments).
+
+    Attributes:
+        flat: the `FlatLoRA` of the training under way, else None.
+
+    Raises:
+        ArgumentError: when training begins; see `FlatLoRA`.
+
+    Example:
+        >>> from fsam_triton.integrations.transformers import FlatLoRACallback
+        >>> callbacks = [FlatLoRACallback(sigma=0.05)]  # of any Trainer whose model has LoRA adapters
+    """
+
+    def __init__(self, sigma: float = 0.05, seed: int | None = None) -> None:
+        self.sigma, self.seed = sigma, seed
+        self.flat: FlatLoRA | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the noise on the model."""
+        # Where a training has ended in an exception, nobody was told.
+        self.close()
+        seed, steps = args.seed if self.seed is None else self.seed, max(state.max_steps, 1)
+        model = kwargs["model"]
+        self.flat = FlatLoRA(model, sigma=self.sigma, total_steps=steps, seed=seed, step=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have other noise in the next step."""
+        self.flat.step = state.global_step
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the noise off the model."""
+        self.close()
+
+    def close(self) -> None:
+        """Take the noise off the model, if it is there, as after a training that an exception has ended."""
+        if self.flat is not None:
+            self.flat.close()
+        self.flat = None

@@ -41,9 +41,9 @@ def partner_of(name: str) -> str | None:
 class Balance:
     """Balancedness-aware regularisation (BAR, arXiv 2410.14802) of LoRA pairs, as a part of their decay.
 
-    A pair is balanced where both of its matrices have a gradient, each with the learning rate and the ``balance`` of its
-    group. Where the two norms are equal or not finite, neither changes: at equality the paper has one of them grow,
-    which could be told from that only of a pair whose gradients are zero.
+    A pair is balanced where both of its matrices have a gradient, each with the learning rate and the ``balance`` of
+    its group. Where the two norms are equal, neither changes, nor where they are not finite. (At equality the paper has
+    one of them grow. Norms are equal where both are zero, as those of the gradients of an expert without tokens.)
 
     Args:
         by: "gradients" or "weights", of which norms are compared.

@@ -298,6 +298,21 @@ def descend_coefficients(
 
 
 @functools.cache
+def _add_noise(weight: torch.dtype, out: torch.dtype, by_column: bool) -> Callable[..., Any]:
+    parameters = (_TYPES[weight], _TYPES[out], _TYPES[reference.compute_dtype(weight)], str(by_column).lower())
+    types = (_LONG, _LONG, _INT, _ADDRESS, _ADDRESS, _WORD, _ADDRESS)
+    return build.function("noise", f"add_noise<{', '.join(parameters)}>", *types)
+
+
+@_or_reference
+def add_noise_(out: Tensor, weight: Tensor, scale: Tensor, key: int, by_column: bool) -> None:
+    """The same as `reference.add_noise_`."""
+    function = _add_noise(weight.dtype, out.dtype, by_column)
+    threads, scale = torch.get_num_threads(), scale.contiguous()
+    function(*weight.shape, threads, weight.data_ptr(), scale.data_ptr(), key, out.data_ptr())
+
+
+@functools.cache
 def _digit_histogram(dtype: torch.dtype, wide: bool) -> Callable[..., Any]:
     instance = f"digit_histogram<{_TYPES[dtype]}, int{64 if wide else 32}_t>"
     return build.function("topk_mask", instance, _ADDRESS, _LONG, _LONG, _INT, _INT, _ADDRESS, _INT)

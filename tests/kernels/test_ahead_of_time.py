@@ -53,6 +53,7 @@ OTHERS = [
     *kb.SPARSE,
     *kb.TOPK,
     *kb.COEFFICIENTS,
+    *kb.NOISE,
     kb.perturb_build("fp64", random=True),
     kb.norm_build("fp32"),
     kb.norm_build("bf16", adaptive=True),
@@ -85,7 +86,8 @@ def test_nothing_is_spilled(target, one):
 
 
 ELEMENT_WISE = {
-    target: [one for one in builds if kb.is_over_blocks(one) or one in kb.SPARSE] for target, builds in BUILDS.items()
+    target: [one for one in builds if kb.is_over_blocks(one) or one in kb.SPARSE + kb.NOISE]
+    for target, builds in BUILDS.items()
 }
 
 

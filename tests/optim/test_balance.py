@@ -1,4 +1,4 @@
-"""Balanced LoRA pairs (BAR) against algorithms 2 and 3 of arXiv 2410.14802 written by hand in fp64, and what is refused."""
+"""Balanced LoRA pairs (BAR): algorithms 2 and 3 of arXiv 2410.14802 by hand in fp64, and what is refused."""
 
 import copy
 import math
