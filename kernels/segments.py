@@ -42,7 +42,7 @@ class Plan:
         self.offsets: list[int] = self.template[:, _COLUMN["offset"]].tolist()
         self.size, self.blocks, self.chunks = (int(c.sum()) for c in (padded, self._blocks_of, self._chunks_of))
         self._maps: dict[str, Tensor] = {}
-        self._counts: Tensor | None = None
+        self._ends: Tensor | None = None
         self._alone: dict[int, Plan] = {}
 
     def segment_of(self, what: str) -> Tensor:
@@ -55,10 +55,11 @@ class Plan:
 
     def sums(self, partial: Tensor) -> Tensor:
         """The sums over each segment of numbers for the chunks [chunks], in a fixed order, [segments]."""
-        if self._counts is None:
-            self._counts = upload(torch.from_numpy(self._chunks_of), self.device)
-        # What it would check is the host's, and right.
-        return torch.segment_reduce(partial, "sum", lengths=self._counts, unsafe=True)
+        if self._ends is None:
+            ends = np.concatenate([[0], self._chunks_of.cumsum()])
+            self._ends = upload(torch.from_numpy(ends), self.device)
+        # It would wait for the device to check what the host has made.
+        return torch.segment_reduce(partial, "sum", offsets=self._ends, unsafe=True)
 
     def only(self, i: int) -> Plan:
         """The same lanes with programs for segment i alone, for launches in which no other takes part."""

@@ -189,6 +189,8 @@ def test_loops_are_vectorized(dtype, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "function", lambda header, instance, *types: sources.update({instance: header}))
     for name, types, options in instances(dtype):
         cpu._pass(name, types, 0, **options)
+    for by_column in (False, True):
+        cpu._add_noise.__wrapped__(FLOATS[dtype], FLOATS[dtype], by_column)
     for instance, header in sources.items():
         source = tmp_path / "pass.cpp"
         source.write_text(build.source(header, instance))

@@ -6,10 +6,14 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from fsam_triton import FSAM, SAM, AdamWL2SP, ArgumentError, FishMask, MomentumSAM
 from fsam_triton.optim.balance import partner_of
+from fsam_triton.optim.optimizer import FusedOptimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,8 +112,6 @@ every_way = pytest.mark.parametrize("by", ["gradients", "weights"])
 @every_way
 @pytest.mark.parametrize("rule", ["adamw", "sgd", "lion"])
 def test_fifty_steps_are_those_by_hand(rule, by):
-    from fsam_triton.optim.optimizer import FusedOptimizer
-
     net = Net()
     by_hand = ByHand(net, by, 2.0, rule)
     optimizer = FusedOptimizer(net.named(), rule, LR, weight_decay=0.1, balance=2.0, balance_by=by)
@@ -299,6 +301,19 @@ def test_momentum_of_sgd_is_refused():
     """Its decay is a part of the gradient, which the momentum would add up."""
     with pytest.raises(ArgumentError, match="momentum"):
         FSAM(Net().named(), rule="sgd", momentum=0.9, balance=1.0)
+
+
+def test_sharded_adapters_are_refused():
+    """A norm of a shard is not that of the matrix."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        named = [(name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))) for name, p in Net().named()]
+        with pytest.raises(ArgumentError, match="is sharded"):
+            AdamWL2SP(named, LR, balance=1.0)
+        AdamWL2SP(named, LR)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_released_gradients_are_refused():
