@@ -152,6 +152,16 @@ def test_decay_of_sgd_is_of_the_gradient_and_that_of_lion_of_the_weight():
     assert columns_of("lion", [0.0])["decay"] == [0.1 * 0.01]
 
 
+def test_the_larger_one_of_a_pair_grows_and_the_smaller_one_decays():
+    squares, pairs = (
+        fp64(4.0, 1.0, 2.0, 2.0, math.inf, math.nan),
+        torch.tensor([[0, 1], [1, 0], [2, 3], [4, 0], [5, 0]]),
+    )
+    rates = formulas.balanced(fp64(*[0.5] * 5), fp64(*[0.1] * 5), fp64(*[2.0] * 5), squares, pairs)
+    factors = 1 - 0.1 * rates
+    assert factors.tolist() == pytest.approx([0.95 * 1.2, 0.95 * 0.8, 0.95, 0.95, 0.95], rel=4 * FP64)
+
+
 @pytest.mark.parametrize("rule", spec.NUMBERS)
 def test_sign_and_scale_are_of_the_gradient_alone(rule):
     plain, turned = columns_of(rule, [3.0]), columns_of(rule, [3.0], sign=-1.0, scale=4.0)
