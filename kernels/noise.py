@@ -50,19 +50,20 @@ def add_noise_kernel(
     Bytes per element: a weight's and a result's.
     """
     compute: tl.constexpr = scale_ptr.dtype.element_ty
-    first, left = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1) * COLUMNS
+    first, left = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64) * COLUMNS
     row, column = tl.arange(0, ROWS)[:, None], left + tl.arange(0, COLUMNS)[None, :]
     inside = (first + row < rows) & (column < columns)
-    start = first * columns
-    place = row * columns + column
-    w = widen(tl.load(weight_ptr + start + place, mask=inside), compute)
+    # Of a row; the numbers below count elements in 32 bits, as they do everywhere.
+    place = (first + row) * columns
+    w = widen(tl.load(weight_ptr + place + column, mask=inside), compute)
     if BY_COLUMN:
         # By each row of the tile: to share them out, threads would exchange them through shared memory.
         scale = tl.load(scale_ptr + (row * 0 + column), mask=inside)
     else:
         scale = tl.load(scale_ptr + first + row, mask=first + row < rows)
-    noisy = w + scale * normals(random_bits(start, place, key), compute)
-    tl.store(out_ptr + start + place, narrow(noisy, out_ptr.dtype.element_ty), mask=inside)
+    bits = random_bits(first * 0, place.to(tl.uint32) + column.to(tl.uint32), key)
+    noisy = w + scale * normals(bits, compute)
+    tl.store(out_ptr + place + column, narrow(noisy, out_ptr.dtype.element_ty), mask=inside)
 
 
 def add_noise_(out: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, key: int, by_column: bool) -> None:
