@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import peft
 import torch
@@ -33,6 +34,8 @@ from .conftest import processor
 from .memory import build_and_measure
 from .real_loop import packaged_minilm
 
+# What the command has printed, committed.
+RESULTS = Path(__file__).parent / "results" / "lora.txt"
 LR, SIGMA, ALPHA, STEPS = 1e-4, 0.05, 0.5, 1000
 PLAIN, FLAT, WRITTEN = "AdamW of torch, fused", "Flat-LoRA", "Flat-LoRA as its code has it"
 

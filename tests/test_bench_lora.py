@@ -46,3 +46,8 @@ def test_noise_that_is_written_leaves_other_weights_behind_and_ours_does_not():
     shares = [lora.changed(tiny, lora.WAYS[way], TOKENS, 5) for way in (lora.FLAT, lora.WRITTEN)]
     assert shares[0] == 0.0
     assert shares[1] > 0.01
+
+
+def test_page_quotes_the_committed_results():
+    page = (lora.RESULTS.parents[2] / "docs" / "lora.md").read_text(encoding="utf-8")
+    assert f"```\n{lora.RESULTS.read_text(encoding='utf-8')}```" in page
