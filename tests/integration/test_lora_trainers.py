@@ -1,5 +1,7 @@
 """BAR and Flat-LoRA in transformers' Trainer: which noise each micro-batch has, and that runs can be resumed."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 import transformers
 
-from fsam_triton.integrations.transformers import FlatLoRACallback, create_optimizer
+from fsam_triton.integrations.transformers import FlatLoRACallback, SAMTrainer, create_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,3 +149,14 @@ def test_balanced_optimizer_of_training_arguments_balances_its_pairs(tmp_path):
         partner = before[name.replace("lora_A", "lora_?").replace("lora_B", "lora_A").replace("lora_?", "lora_B")]
         is_larger = float(before[name].detach().norm()) > float(partner.detach().norm())
         assert (float(p.detach().norm()) < float(grown[name].detach().norm())) == is_larger, name
+
+
+@pytest.mark.parametrize("options", [{"rho": 0.01}, {"optimizer_cls": "momentum-sam", "rho": 0.01}], ids=str)
+def test_mixin_takes_balance_as_one_of_its_optimizers_arguments_and_the_callback_beside_it(options, tmp_path):
+    model, callback = llama(torch.float32), FlatLoRACallback()
+    before = copy.deepcopy(dict(trained(model)))
+    text = ",".join(f"{name}={value}" for name, value in {**options, "balance": 0.5}.items())
+    run = trainer(model, tmp_path, callbacks=[callback], cls=SAMTrainer, optim_args=text)
+    run.train()
+    assert {group["balance"] for group in run.optimizer.param_groups} == {0.5}
+    assert all(not torch.equal(p, before[name]) for name, p in trained(model))
