@@ -28,8 +28,8 @@ class AdamWL2SP(FusedOptimizer):
         eps: added to the denominator, >= 0 (group; default: 1e-8).
         weight_decay: decay to zero where there is no anchor, >= 0 (group; default: 1e-2).
         amsgrad: use the maximum of the second moments (group; default: False).
-        **options: l2_sp, anchors, maximize, max_grad_norm, master_weights, ema_decay, trainable, stochastic_rounding,
-            flatten and seed of `FusedOptimizer`.
+        **options: l2_sp, anchors, maximize, balance, balance_by, max_grad_norm, master_weights, ema_decay, trainable,
+            stochastic_rounding, flatten and seed of `FusedOptimizer`.
 
     Raises:
         ArgumentError: an argument is out of its range, a trained parameter is complex or sparse, an anchor does not

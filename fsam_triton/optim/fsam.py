@@ -75,8 +75,9 @@ class FSAM(TwoPass, FusedOptimizer):
         backup_format: how perturbed 16-bit weights are put back, to the bit in either case: None for a copy of the
             clean weights, ``"8bit"`` for a count of steps of their type in one byte, so that a weight moves by at most
             127 such steps (default: None).
-        **options: the rule's own arguments, and weight_decay, l2_sp, anchors, maximize, max_grad_norm, master_weights,
-            ema_decay, trainable, stochastic_rounding, flatten and seed, all as `FusedOptimizer` has them.
+        **options: the rule's own arguments, and weight_decay, l2_sp, anchors, maximize, balance, balance_by,
+            max_grad_norm, master_weights, ema_decay, trainable, stochastic_rounding, flatten and seed, all as
+            `FusedOptimizer` has them.
 
     Raises:
         ArgumentError: an argument is out of its range, or contradicts another.

@@ -49,8 +49,9 @@ class MomentumSAM(FusedOptimizer):
         rule: ``"adamw"``, ``"lion"`` or ``"sgd"``, this with ``momentum`` > 0 (default: ``"adamw"``).
         schedule: when to perturb and how far; with ``every=1`` (default: None, always by rho).
         backup_format: as FSAM.
-        **options: the rule's own arguments, and weight_decay, l2_sp, anchors, maximize, max_grad_norm, master_weights,
-            ema_decay, trainable, stochastic_rounding, flatten and seed, all as `FusedOptimizer` has them.
+        **options: the rule's own arguments, and weight_decay, l2_sp, anchors, maximize, balance, balance_by,
+            max_grad_norm, master_weights, ema_decay, trainable, stochastic_rounding, flatten and seed, all as
+            `FusedOptimizer` has them.
 
     Raises:
         ArgumentError: an argument is out of its range.
