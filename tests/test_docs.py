@@ -92,8 +92,9 @@ def test_recipes_have_the_updates_and_warm_up_of_the_fsam_codes_scripts():
     ]
 
 
-def test_page_of_the_command_line_names_every_option():
-    page = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
-    rows = [row for row in page.splitlines() if row.startswith("| `--")]
+def test_pages_of_the_command_line_name_every_option():
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("finetune.md", "language_models.md")]
+    rows = [row for page in pages for row in page.splitlines() if row.startswith("| `--")]
     named = {name for row in rows for name in re.findall(r"`--(\w+)`", row.split("|")[1])}
-    assert named - {"mask_iter_e"} == {field.name for field in dataclasses.fields(Arguments)}
+    aliases = {"mask_iter_e", "max_length", "block_size"}
+    assert named - aliases == {field.name for field in dataclasses.fields(Arguments)}

@@ -1,4 +1,4 @@
-"""The command line ``fsam-finetune``: fine-tunes a text classifier with AdamW or a sharpness-aware optimizer."""
+"""The command line ``fsam-finetune``: trains text classifiers and causal language models, sharpness-aware or not."""
 
 from .command import main
 

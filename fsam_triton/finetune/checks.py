@@ -8,11 +8,12 @@ import torch
 from .. import FisherMask, FishMask
 from .errors import InputError
 from .optimizers import MIXUP_OPTION_OF, build_mixup, build_optimizer, naming_options
-from .options import ESAM, FISHER, MEANINGS, SAM_TYPES, TRAINABLE
+from .options import ESAM, FISHER, MEANINGS, SAM_TYPES, TASK_OF, TRAINABLE
 
 
 def check_arguments(arguments):
     """Raise InputError for a value that would only fail, or mislead, once training is under way."""
+    _check_task(arguments)
     for name in (
         "save_steps",
         "gradient_accumulation_steps",
@@ -24,6 +25,8 @@ def check_arguments(arguments):
         "per_device_eval_batch_size",
         "num_fisher_samples",
         "local_steps",
+        "lora_r",
+        "lora_alpha",
     ):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
@@ -55,6 +58,20 @@ def check_arguments(arguments):
         build_optimizer(whole, sam_type, model, novel=(), total_steps=100, trainable=trainable)
 
 
+def _check_task(arguments):
+    """Raise InputError for an option of another task, or of LoRA where there is none."""
+    tracked = {meaning.option for meaning in MEANINGS}
+    for field in dataclasses.fields(arguments):
+        name, value = field.name, getattr(arguments, field.name)
+        given = name in arguments.given if name in tracked else value != field.default
+        if given and TASK_OF.get(name, arguments.task) != arguments.task:
+            raise InputError(f"--{name} has no meaning for --task {arguments.task}, only for {TASK_OF[name]}")
+        if given and name.startswith("lora_") and not arguments.lora:
+            raise InputError(f"--{name} needs --lora")
+    if arguments.lora and not 0 <= arguments.lora_dropout < 1:
+        raise InputError(f"Invalid --lora_dropout: {arguments.lora_dropout}; must be in [0, 1)")
+
+
 def _check_meaning(arguments):
     """Raise InputError for an option that nothing asked for has a use for."""
     for name in arguments.given:
@@ -81,6 +98,19 @@ def _check_together(arguments):
             f"--trainable {arguments.trainable} and --sam_type {' '.join(masked)} exclude each other: "
             "what is perturbed is what is trained",
         ),
+        (
+            arguments.lora and arguments.from_scratch,
+            "--lora needs --model_name_or_path: an adapter is of a pretrained model",
+        ),
+        (
+            arguments.l2_sp and (arguments.lora or arguments.from_scratch),
+            "--l2_sp needs pretrained weights that are trained: --model_name_or_path without --lora",
+        ),
+        (
+            arguments.lora and (arguments.master_weights or arguments.backup_format),
+            "--master_weights and --backup_format exclude --lora: PEFT keeps an adapter in float32",
+        ),
+        (arguments.packing_strategy and not arguments.packing, "--packing_strategy needs --packing"),
         (arguments.save_delta and arguments.trains_all, "--save_delta needs --trainable fish, random or bitfit"),
         (arguments.local_steps and arguments.trains_all, "--local_steps needs --trainable fish, random or bitfit"),
         (

@@ -5,14 +5,15 @@ import gc
 import sys
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
-from .. import WorkerError, save_pretrained
+from .. import WorkerError, from_pretrained, save_pretrained
 from ..sparse_training.delta import ADAPTER_CONFIG, ADAPTER_DELTA
-from . import html, probe
+from . import html, language_models, probe
 from .checks import check_arguments, check_mask, check_mixup
 from .errors import InputError, one_line, writing
-from .models import encode, load_empty_model, load_tokenizer, model_path, save, text_length
+from .models import draw_batches, encode, load_empty_model, load_model, load_tokenizer, model_path, save, text_length
 from .parser import parse
 from .results import Output, make_folder, run_folder, write_text
 from .texts import hold_out, label_names, read_bbc_news, read_glue, read_texts
@@ -42,7 +43,9 @@ def read_data(arguments):
 
 @dataclass
 class Task:
-    """The model and the encoded texts that all runs have in common.
+    """The model and the encoded texts that all runs of a classifier have in common.
+
+    `language_models.Task` has the same methods.
 
     Args:
         path: folder or hub name of the pretrained model.
@@ -65,14 +68,52 @@ class Task:
     length: int
     sizes: dict
 
+    def notes(self, arguments):
+        """Return what the user did not ask for and is told, as lines."""
+        few = self.length < arguments.max_seq_length
+        return [f"texts are cut to {self.length} tokens: model and tokenizer take no more"] if few else []
+
+    def total_steps(self, arguments, workers):
+        """Return the steps of each worker in a run."""
+        return arguments.total_steps(len(self.train), workers)
+
+    def choose_mask(self, arguments):
+        """Return the FishMask of the weights to train; None for all weights."""
+        return choose_mask(arguments, self.path, self.names, self.tokenizer, self.train)
+
+    def trainer(self, arguments, sam_type, steps, mask, worker):
+        """Return what makes a run of so many steps."""
+        return Trainer(arguments, sam_type, self.path, self.names, self.tokenizer, steps, mask, worker)
+
+    def draw_batches(self, count, size, seed):
+        """Yield batches of training texts drawn at random."""
+        return draw_batches(self.tokenizer, self.train, count, size, seed)
+
+    def initial_model(self):
+        """Return the model that the runs start from."""
+        return load_model(self.path, self.names)[0]
+
+    def saved_model(self, arguments, folder):
+        """Return the model that a run has saved."""
+        if arguments.save_delta:
+            return from_pretrained(None, folder)
+        return transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+
+    def facts(self, arguments):
+        """Return, in words by name, what a report says of model and data."""
+        model = arguments.model_name_or_path or "all-MiniLM-L6-v2 (packaged)"
+        return {"model": model, "labels": ", ".join(self.names)}
+
 
 def prepare(arguments):
-    """Return the `Task` of the arguments.
+    """Return the `Task` of the arguments, or that of language models.
 
     Raises:
         InputError: something the user gave cannot be used.
     """
     check_arguments(arguments)
+    if arguments.task == "causal-lm":
+        return language_models.prepare(arguments)
     train, validation = read_data(arguments)
     names = label_names(train)
     path = model_path(arguments)
@@ -108,13 +149,13 @@ def finetune(arguments, argv=()):
     if arguments.report:
         make_folder("report", arguments.report)
     rank, workers = join_workers(arguments)
-    steps = arguments.total_steps(len(task.train), workers)
+    steps = task.total_steps(arguments, workers)
 
     if rank == 0:
         print(task.description, flush=True)
-        if task.length < arguments.max_seq_length:
-            print(f"texts are cut to {task.length} tokens: model and tokenizer take no more", flush=True)
-    mask = output.load_mask() or choose_mask(arguments, task.path, task.names, task.tokenizer, task.train)
+        for note in task.notes(arguments):
+            print(note, flush=True)
+    mask = output.load_mask() or task.choose_mask(arguments)
     if mask and arguments.save_steps:
         output.save_mask(mask)
     try:
@@ -142,7 +183,7 @@ def finetune(arguments, argv=()):
 def train_all(arguments, task, steps, output, mask, worker):
     """Make the runs that ``output`` lacks, and save each model as soon as it is trained."""
     for sam_type in arguments.sam_type[len(output.runs) :]:
-        trainer = Trainer(arguments, sam_type, task.path, task.names, task.tokenizer, steps, mask, worker)
+        trainer = task.trainer(arguments, sam_type, steps, mask, worker)
         if output.unfinished:
             trainer.load_state_dict(output.unfinished)
             output.unfinished = None

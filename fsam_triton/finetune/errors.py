@@ -25,3 +25,8 @@ def writing(path):
         yield
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{path}: {getattr(error, 'strerror', None) or one_line(error)}") from error
+    except RuntimeError as error:
+        # torch's writer hides what the file system has said.
+        if isinstance(error.__context__, OSError):
+            raise OutputError(f"{path}: {error.__context__.strerror}") from error
+        raise

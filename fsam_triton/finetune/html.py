@@ -22,7 +22,7 @@ from ..analysis.figures import written_figure
 from ..files import written_whole
 from . import probe
 from .errors import InputError
-from .report import PeakMemory, draw_accuracies, draw_losses, table_note, table_rows
+from .report import PeakMemory, draw_evaluations, draw_losses, table_note, table_rows
 from .texts import SUBSET_SEED
 
 # Stands for the colour of the page's text in its pictures.
@@ -75,7 +75,7 @@ def write_report(arguments, argv, task, runs, mask, sharpness):
         description=task.description,
         runs=runs,
         table=table_rows(runs),
-        table_note=table_note(PeakMemory(arguments.device).meaning),
+        table_note=table_note(runs[0].metric, PeakMemory(arguments.device).meaning),
         pictures=draw_pictures(runs, {one.name: one.landscape for one in sharpness if one.landscape}),
         sharpness=sharpness,
         probe=probe,
@@ -83,7 +83,7 @@ def write_report(arguments, argv, task, runs, mask, sharpness):
         masks={title: mask_table(densities, task.sizes) for title, densities in mask_densities(runs, mask).items()},
         shade=shade,
         command=command_line(argv),
-        facts=facts(arguments, task.names, mask),
+        facts=facts(arguments, task.facts(arguments), mask),
         options=asdict(arguments),
     )
     path = Path(arguments.report) / "report.html"
@@ -102,22 +102,21 @@ def command_line(argv):
     return [shlex.quote(word) for word in (*words, *argv)]
 
 
-def facts(arguments, labels, mask):
+def facts(arguments, own, mask):
     """Return what else the figures depend on, in words by name."""
     device = f"CPU ({platform.machine()}), threads: {torch.get_num_threads()}"
     if arguments.device.type == "cuda":
         device = torch.cuda.get_device_name(arguments.device)
     found = {
         "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "model": arguments.model_name_or_path or "all-MiniLM-L6-v2 (packaged)",
         "trained weights": f"{mask.count:,} of {mask.total:,} ({mask.density:.3%})" if mask else "all",
-        "labels": ", ".join(labels),
+        **own,
         "seeds": f"{arguments.seed} for training; {SUBSET_SEED} for the sample and the directions of the landscapes",
         "device": device,
         "fsam-triton": __version__,
         "python": platform.python_version(),
     }
-    for name in ("torch", "triton", "transformers"):
+    for name in ("torch", "triton", "transformers", *(("trl", "peft") if arguments.task == "causal-lm" else ())):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -163,7 +162,7 @@ def draw_pictures(runs, landscapes):
     styles = matplotlib.cycler(color=_COLORS) + matplotlib.cycler(linestyle=["-", "--", "-."] * 3)
     pictures = {}
     with matplotlib.rc_context({**_THEME, "axes.prop_cycle": styles}), tempfile.TemporaryDirectory() as folder:
-        for name, draw in {"losses": draw_losses, "accuracies": draw_accuracies}.items():
+        for name, draw in {"losses": draw_losses, "evaluations": draw_evaluations}.items():
             path = Path(folder) / f"{name}.svg"
             with written_figure(path, 5.2, 3.6) as figure:
                 draw(runs, figure.subplots())

@@ -48,7 +48,7 @@ def build_optimizer(arguments, sam_type, model, novel, total_steps, trainable=No
     Args:
         arguments: the options.
         sam_type: one of `SAM_TYPES`.
-        model: its parameters are moved into the optimizer's buffers.
+        model: its parameters that require gradients are moved into the optimizer's buffers.
         novel: names of the parameters that have no pretrained value.
         total_steps: steps of the run.
         trainable: the FishMask of the weights to train (default: None, all).
@@ -56,10 +56,12 @@ def build_optimizer(arguments, sam_type, model, novel, total_steps, trainable=No
     Raises:
         InputError: an option is out of its range.
     """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [(n, p) for n, p in model.named_parameters() if p.ndim > 1], "weight_decay": arguments.weight_decay},
-        {"params": [(n, p) for n, p in model.named_parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [(n, p) for n, p in named if p.ndim > 1], "weight_decay": arguments.weight_decay},
+        {"params": [(n, p) for n, p in named if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     keywords = {
         "lr": arguments.learning_rate,
         "betas": (arguments.adam_beta1, arguments.adam_beta2),
@@ -73,7 +75,7 @@ def build_optimizer(arguments, sam_type, model, novel, total_steps, trainable=No
         "master_weights": arguments.master_weights or False,
     }
     if arguments.l2_sp:
-        keywords["anchors"] = {n: p.detach().clone() for n, p in model.named_parameters() if n not in novel}
+        keywords["anchors"] = {n: p.detach().clone() for n, p in named if n not in novel}
     with naming_options():
         optimizer = _optimizer_of(arguments, sam_type, groups, total_steps, keywords)
         if arguments.release_gradients:

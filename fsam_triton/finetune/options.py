@@ -24,6 +24,8 @@ SAM_TYPES = {
     "momentum-sam": "MomentumSAM",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What is trained.
+TASKS = ("sequence-classification", "causal-lm")
 # Which weights can be trained.
 TRAINABLE = ("all", "fish", "random", "bitfit")
 
@@ -77,6 +79,57 @@ MEANINGS = [
     Meaning("backup_format", FSAM, "backup_format", None, _SHARP),
 ]
 
+# Options that one task alone has a use for. A classifier's gamma, because a Trainer has no losses of single samples.
+TASK_OF = {
+    **dict.fromkeys(
+        (
+            "task_name",
+            "test_file",
+            "label_column_name",
+            "save_delta",
+            "trainable",
+            "local_steps",
+            "gamma",
+            "mixup_alpha",
+            "mixup_lambda",
+            "mixup_where",
+            "mixup_start",
+            "label_smoothing_factor",
+        ),
+        "sequence-classification",
+    ),
+    **dict.fromkeys(
+        (
+            "packing",
+            "packing_strategy",
+            "gradient_checkpointing",
+            "lora",
+            "lora_r",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_target_modules",
+        ),
+        "causal-lm",
+    ),
+}
+# Defaults of options whose fields have none, by the situation; earlier ones go before later ones.
+DEFAULTS = {
+    "lora": {"learning_rate": 2e-4, "lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.05},
+    "from scratch": {"learning_rate": 2e-3},
+    "sequence-classification": {
+        "max_seq_length": 96,
+        "num_train_epochs": 4.0,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 2e-4,
+    },
+    "causal-lm": {
+        "max_seq_length": 1024,
+        "num_train_epochs": 3.0,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 2e-5,
+    },
+}
+
 
 def option(default, text, **keywords):
     """Return a dataclass field with a default and a line of ``--help``."""
@@ -93,6 +146,7 @@ GROUPS = {
     "model_name_or_path": "model and texts",
     "output_dir": "output",
     "sam_type": "what is trained, and by which optimizer",
+    "lora": "LoRA (causal-lm)",
     "rho": "sharpness-aware steps",
     "mask_interval": "Fisher masks (fisher types)",
     "l2_sp": "regularization",
@@ -108,17 +162,28 @@ class Arguments:
     """The options of the command line; the names are those of transformers' ``run_glue.py`` where it has them."""
 
     model_name_or_path: str | None = option(
-        None, "folder or hub name (default: the packaged all-MiniLM-L6-v2)", metavar="MODEL"
+        None,
+        "folder or hub name (default: the packaged all-MiniLM-L6-v2; causal-lm: a small GPT from scratch)",
+        metavar="MODEL",
     )
+    task: Literal[TASKS] = option("sequence-classification", "what the model is trained for")
     task_name: str | None = option(None, "GLUE task, loaded with the datasets package")
-    train_file: str | None = option(None, ".csv, .tsv, .json or .jsonl (JSON: one object per line)", metavar="FILE")
+    train_file: str | None = option(
+        None, ".csv, .tsv, .json or .jsonl (JSON: one object per line); causal-lm: or .txt", metavar="FILE"
+    )
     validation_file: str | None = option(None, "the same formats (default: a fifth of --train_file)", metavar="FILE")
     test_file: str | None = option(None, "the same formats, labels not needed: predictions are written", metavar="FILE")
     text_column_names: str | None = option(
         None, "column with the texts, or two with a comma between for pairs", metavar="NAME[,NAME]"
     )
     label_column_name: str = option("label", "column with the labels: strings or integers")
-    max_seq_length: int = option(96, "texts are cut to this many tokens")
+    max_seq_length: int | None = option(
+        None, "texts are cut to this many tokens", aliases=["--max_length", "--block_size"]
+    )
+    packing: bool = option(False, "causal-lm: put several texts into each row of --max_seq_length tokens")
+    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] | None = option(
+        None, "causal-lm: bfd cuts long texts, bfd_split splits them, wrapped ignores where texts end (default: bfd)"
+    )
     max_train_samples: int | None = option(None, "train on this many texts, drawn at random (always the same)")
     max_eval_samples: int | None = option(None, "validate on this many texts, drawn at random (always the same)")
 
@@ -148,6 +213,18 @@ class Arguments:
     )
     num_fisher_samples: int | None = tuning("fish: training texts that the Fisher information is estimated from")
     local_steps: int | None = option(None, "with torchrun: workers merge the trained weights every so many steps")
+
+    lora: bool = option(False, "causal-lm: train a LoRA adapter, with PEFT", aliases=["--use_peft"])
+    lora_r: int | None = option(None, "rank of the adapter's matrices")
+    lora_alpha: float | None = option(None, "the adapter is scaled by this over its rank")
+    lora_dropout: float | None = option(None, "dropout before the adapter's matrices")
+    lora_target_modules: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "metavar": "NAME",
+            "help": "modules that get an adapter, or all-linear (default: PEFT's choice for the model)",
+        },
+    )
 
     rho: float | None = tuning("radius of the perturbation")
     alpha: float | None = tuning("gsam types: weight of the surrogate gap")
@@ -180,13 +257,17 @@ class Arguments:
     mixup_start: float | None = option(None, "share of the steps before mixup begins (default: 0.5)")
     label_smoothing_factor: float = option(0.0, "share of each label that is spread over all labels")
 
-    num_train_epochs: float = option(4.0, "times the training texts are seen")
+    num_train_epochs: float | None = option(None, "times the training texts are seen")
     max_steps: int = option(-1, "if positive, the number of steps instead")
-    per_device_train_batch_size: int = option(16, "texts per batch of training")
+    per_device_train_batch_size: int | None = option(None, "texts per batch of training")
     gradient_accumulation_steps: int = option(1, "batches per step")
     per_device_eval_batch_size: int = option(32, "texts per batch of evaluation")
 
-    learning_rate: float = option(2e-4, "peak learning rate; for BERT-sized models 2e-5 to 5e-5")
+    learning_rate: float | None = option(
+        None,
+        "peak learning rate; for BERT-sized models 2e-5 to 5e-5 "
+        "(default: 2e-4; causal-lm: 2e-5, from scratch 2e-3, with --lora 2e-4)",
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = option(
         "linear", "schedule of the learning rate"
     )
@@ -203,6 +284,7 @@ class Arguments:
     )
     master_weights: Literal["24bit", "32bit"] | None = option(None, "keep of bfloat16 weights what rounding loses")
     backup_format: Literal["8bit"] | None = tuning("one byte instead of two to put bfloat16 weights back")
+    gradient_checkpointing: bool = option(False, "causal-lm: recompute activations in the backward pass")
     release_gradients: bool = option(False, "none and momentum-sam: update in the backward pass, without gradients")
 
     seed: int = option(42, "of the new head, the batch order, dropout and a random mask")
@@ -210,12 +292,25 @@ class Arguments:
     use_cpu: bool = option(False, "stay on the CPU where there is a GPU")
 
     def __post_init__(self):
-        self.sam_type = list(dict.fromkeys(self.sam_type or ["none", "fisher-sam" if self.trains_all else "sam"]))
+        some = not self.trains_all or self.lora
+        self.sam_type = list(dict.fromkeys(self.sam_type or ["none", "sam" if some else "fisher-sam"]))
         self.given = list(dict.fromkeys(m.option for m in MEANINGS if getattr(self, m.option) is not None))
         for meaning in MEANINGS:
             name = meaning.option
             if name not in self.given and (getattr(self, name) is None or self.uses(meaning)):
                 setattr(self, name, meaning.default)
+        if self.task == "causal-lm" and "gamma" not in self.given:
+            self.gamma = 1.0
+        situations = {"lora": self.lora, "from scratch": self.from_scratch, self.task: True}
+        for situation, values in DEFAULTS.items():
+            for name, value in values.items() if situations.get(situation) else ():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
+
+    @property
+    def from_scratch(self):
+        """Whether there is no pretrained model."""
+        return self.task == "causal-lm" and not self.model_name_or_path
 
     @property
     def device(self):

@@ -7,7 +7,7 @@ import types
 import typing
 
 from .errors import InputError
-from .options import GROUPS, MEANINGS, Arguments
+from .options import DEFAULTS, GROUPS, MEANINGS, Arguments
 
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _METAVARS = {int: "N", float: "X", str: "NAME"}
@@ -28,7 +28,10 @@ class HelpFormatter(argparse.HelpFormatter):
         super().__init__(*arguments, max_help_position=32, **keywords)
 
     def _get_help_string(self, action):
+        if "(default:" in action.help:
+            return action.help
         defaults = [str(m.default) for m in MEANINGS if m.option == action.dest and m.default is not None]
+        defaults += [str(values[action.dest]) for values in DEFAULTS.values() if action.dest in values]
         if not defaults and not any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS)):
             defaults = [str(action.default)]
         return f"{action.help} (default: {' or '.join(defaults)})" if defaults else action.help
@@ -41,7 +44,8 @@ def build_parser():
     """Return the parser of the command line; it leaves words that it does not know."""
     parser = Parser(
         prog="fsam-finetune",
-        description="Fine-tunes a text classifier with AdamW or a sharpness-aware optimizer, or compares several.",
+        description="Fine-tunes a text classifier or a causal language model with AdamW or a sharpness-aware "
+        "optimizer, or compares several.",
         formatter_class=HelpFormatter,
         usage="%(prog)s [options]",
     )

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .. import analysis, from_pretrained
+from .. import analysis
 from .errors import one_line
-from .models import draw_batches, load_model
 from .options import SAM_TYPES
 from .results import run_folder
 from .texts import SUBSET_SEED
@@ -54,18 +53,14 @@ class Sharpness:
 def measure_sharpness(arguments, task):
     """Return the `Sharpness` of the model that every run started from, and of those that the runs have saved."""
     start = time.perf_counter()
-    batches = list(draw_batches(task.tokenizer, task.train, TEXTS, BATCH, SUBSET_SEED))
+    batches = list(task.draw_batches(TEXTS, BATCH, SUBSET_SEED))
     print(f"measuring sharpness and loss landscapes of {1 + len(arguments.sam_type)} models", flush=True)
     transformers.set_seed(arguments.seed)
     with tqdm(total=4 + 5 * len(arguments.sam_type), unit="figure") as bar:
-        model, _ = load_model(task.path, task.names)
+        model = task.initial_model()
         found = [measure("before training", model.to(arguments.device), batches, False, bar)]
         for sam_type in arguments.sam_type:
-            folder = run_folder(arguments, sam_type)
-            if arguments.save_delta:
-                model = from_pretrained(None, folder)
-            else:
-                model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+            model = task.saved_model(arguments, run_folder(arguments, sam_type))
             found.append(measure(SAM_TYPES[sam_type], model.to(arguments.device), batches, True, bar))
     print(f"sharpness and landscapes: {time.perf_counter() - start:.0f} s")
     return found

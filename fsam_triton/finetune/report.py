@@ -8,6 +8,9 @@ import torch
 
 from ..files import written_whole
 
+# How the table shows each metric.
+METRICS = {"accuracy": ".4f", "perplexity": ".2f"}
+
 
 @dataclass
 class Run:
@@ -18,9 +21,10 @@ class Run:
         total_steps: how many steps it is to have.
         losses: training loss of each step, before the step.
         step_seconds: wall-clock seconds of each step.
-        evaluations: (step, accuracy, loss) on the validation texts, in the order they were made.
+        evaluations: (step, value of the metric, loss) on the validation texts, in the order they were made.
         peak_memory_bytes: highest memory use seen while it ran; see `PeakMemory`.
         mask_density: share of each parameter's weights that the last Fisher mask perturbs; empty without such a mask.
+        metric: what is judged besides the loss: a key of `METRICS`.
     """
 
     name: str
@@ -30,12 +34,13 @@ class Run:
     evaluations: list[tuple[int, float, float]] = field(default_factory=list)
     peak_memory_bytes: int = 0
     mask_density: dict[str, float] = field(default_factory=dict)
+    metric: str = "accuracy"
 
     def summary(self):
         """Return the figures of the table as a dict; the time is the median, which leaves out compiling."""
-        _, accuracy, loss = self.evaluations[-1]
+        _, value, loss = self.evaluations[-1]
         return {
-            "eval_accuracy": accuracy,
+            f"eval_{self.metric}": value,
             "eval_loss": loss,
             "seconds_per_step": statistics.median(self.step_seconds),
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -87,13 +92,14 @@ class PeakMemory:
 
 def table_rows(runs):
     """Return the figures of ``runs`` as rows of strings: the headings, then one row per run."""
-    rows = [("optimizer", "accuracy", "loss", "s/step", "peak MiB")]
+    metric = runs[0].metric
+    rows = [("optimizer", metric, "loss", "s/step", "peak MiB")]
     for run in runs:
         figures = run.summary()
         rows.append(
             (
                 run.name,
-                f"{figures['eval_accuracy']:.4f}",
+                format(figures[f"eval_{metric}"], METRICS[metric]),
                 f"{figures['eval_loss']:.4f}",
                 f"{figures['seconds_per_step']:.3f}",
                 f"{figures['peak_memory_bytes'] / 2**20:,.0f}",
@@ -102,9 +108,9 @@ def table_rows(runs):
     return rows
 
 
-def table_note(memory_meaning):
+def table_note(metric, memory_meaning):
     """Return what the figures of the table are, in words."""
-    return f"accuracy and loss on the validation texts; s/step: median; peak MiB: {memory_meaning}"
+    return f"{metric} and loss on the validation texts; s/step: median; peak MiB: {memory_meaning}"
 
 
 def format_table(runs, memory_meaning):
@@ -115,7 +121,7 @@ def format_table(runs, memory_meaning):
         for run in runs
         if len(run.losses) < run.total_steps
     ]
-    return "\n".join([*lines, *stopped, table_note(memory_meaning)])
+    return "\n".join([*lines, *stopped, table_note(runs[0].metric, memory_meaning)])
 
 
 def draw_losses(runs, axes):
@@ -128,12 +134,12 @@ def draw_losses(runs, axes):
     _finish(axes)
 
 
-def draw_accuracies(runs, axes):
-    """Draw the validation accuracy of each run after the steps at which it was evaluated."""
+def draw_evaluations(runs, axes):
+    """Draw the metric of each run on the validation texts after the steps at which it was evaluated."""
     for run in runs:
-        steps, accuracies, _ = zip(*run.evaluations, strict=True)
-        axes.plot(steps, accuracies, marker="o", label=run.name)
-    axes.set(xlabel="step", ylabel="validation accuracy")
+        steps, values, _ = zip(*run.evaluations, strict=True)
+        axes.plot(steps, values, marker="o", label=run.name)
+    axes.set(xlabel="step", ylabel=f"validation {runs[0].metric}")
     _finish(axes)
 
 
@@ -144,12 +150,12 @@ def _finish(axes):
 
 
 def plot_curves(runs, path):
-    """Write the training loss and the validation accuracy of ``runs`` as a PNG; needs matplotlib."""
+    """Write the training loss and the metric on the validation texts as a PNG; needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    loss_axes, metric_axes = figure.subplots(1, 2)
     draw_losses(runs, loss_axes)
-    draw_accuracies(runs, accuracy_axes)
+    draw_evaluations(runs, metric_axes)
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

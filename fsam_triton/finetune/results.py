@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,8 @@ from .report import PeakMemory, Run, format_table, plot_curves
 
 RESULTS = "all_results.json"
 CHECKPOINT = "checkpoint.pt"
+# The folder of those that transformers' Trainer writes, to which the file refers.
+TRAINER_CHECKPOINTS = "trainer_checkpoints"
 MASK = "mask.safetensors"
 # Options that a run may be continued with, whatever they were before.
 _FREE = {"output_dir", "overwrite_output_dir", "report", "save_steps", "resume_from_checkpoint"}
@@ -74,9 +77,13 @@ class Output:
             raise InputError(
                 f"--output_dir {self.folder}: not empty; --overwrite_output_dir replaces the files of an earlier run"
             )
+        elif arguments.save_steps:
+            # The Trainer would take those of an earlier run for its own.
+            self._remove_trainer_checkpoints()
         for sam_type in arguments.sam_type:
             foreign = run_folder(arguments, sam_type) / "adapter_config.json"
-            if foreign.exists():
+            ours = foreign.relative_to(self.folder).as_posix() in self._earlier_files()
+            if foreign.exists() and not ours and not arguments.lora:
                 raise InputError(f"--output_dir: {foreign} is PEFT's, and would be loaded in place of the model")
 
     def wrote(self, *paths):
@@ -155,17 +162,18 @@ class Output:
             "trainer": trainer and trainer.state_dict(),
         }
         with writing(path), written_whole(path) as temporary, open(temporary, "wb") as file:
-            try:
-                torch.save(content, file)
-            except RuntimeError as error:
-                # torch's writer hides what the file system has said.
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
+            torch.save(content, file)
+        if trainer is None:
+            self._remove_trainer_checkpoints()
 
     def remove_checkpoint(self):
         """Remove it: all runs are finished."""
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        self._remove_trainer_checkpoints()
+
+    def _remove_trainer_checkpoints(self):
+        if self.arguments.task == "causal-lm":
+            shutil.rmtree(self.folder / TRAINER_CHECKPOINTS, ignore_errors=True)
 
     def _load_checkpoint(self):
         path = self.folder / CHECKPOINT

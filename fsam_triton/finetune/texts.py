@@ -81,7 +81,7 @@ def read_texts(path, text_columns=None, label_column="label", labelled=True):
     path = Path(path)
     if path.suffix.lower() not in READERS:
         raise InputError(f"{path}: unknown extension '{path.suffix}'; accepted: {', '.join(READERS)}")
-    records = READERS[path.suffix.lower()](path, _decode(path))
+    records = READERS[path.suffix.lower()](path, decode(path))
     if not records:
         raise InputError(f"{path}: no rows")
     columns = list(records[0][1])
@@ -89,12 +89,13 @@ def read_texts(path, text_columns=None, label_column="label", labelled=True):
     for column in (*text_columns, label_column) if labelled else text_columns:
         if column not in columns:
             raise InputError(f"{path}: no column '{column}'; the columns are: {', '.join(columns)}")
-    rows = [tuple(_text(path, line, record, column) for column in text_columns) for line, record in records]
+    rows = [tuple(text_at(path, line, record, column) for column in text_columns) for line, record in records]
     labels = [_label(path, line, record, label_column) for line, record in records] if labelled else None
     return Texts(str(path), text_columns, rows, labels)
 
 
-def _decode(path):
+def decode(path):
+    """Return what a UTF-8 file says."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -182,20 +183,22 @@ def _guess_text_columns(path, columns, label_column):
     return others
 
 
-def _value(path, line, record, column):
+def value_at(path, line, record, column):
+    """Return the value of a column in the record of a line."""
     if column not in record:
         raise InputError(f"{path}:{line}: no column '{column}'; the columns are: {', '.join(record)}")
     return record[column]
 
 
-def _text(path, line, record, column):
-    text = _value(path, line, record, column)
+def text_at(path, line, record, column):
+    """Return the string in a column of the record of a line."""
+    text = value_at(path, line, record, column)
     if not isinstance(text, str):
         raise InputError(f"{path}:{line}: '{column}' is {json.dumps(text)}; a string is expected")
-    return _whole_characters(path, line, column, text)
+    return whole_characters(path, line, column, text)
 
 
-def _whole_characters(path, line, column, text):
+def whole_characters(path, line, column, text):
     """Return the text; a lone surrogate in it, which JSON can escape, is no character of Unicode."""
     try:
         text.encode()
@@ -208,12 +211,12 @@ def _whole_characters(path, line, column, text):
 
 
 def _label(path, line, record, column):
-    label = _value(path, line, record, column)
+    label = value_at(path, line, record, column)
     whole = isinstance(label, str | int) or (isinstance(label, float) and label.is_integer())
     name = label.strip() if isinstance(label, str) else json.dumps(label)
     if not whole or not name:
         raise InputError(f"{path}:{line}: '{column}' is {json.dumps(label)}; a string or an integer is expected")
-    _whole_characters(path, line, column, name)
+    whole_characters(path, line, column, name)
     # Control characters and separators of lines and paragraphs: a prediction is a line with a number, a tab, a label.
     if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in name):
         raise InputError(f"{path}:{line}: '{column}' is {json.dumps(name)}; a label is one line without tabs")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.finetune.gpt import lm_options, sentences, tiny_gpt  # noqa: F401
 from tests.finetune.running import SPECIAL, WORDS
 
 

@@ -132,7 +132,7 @@ def test_names_that_the_user_gave_are_text(made):
 
 
 def test_page_says_what_its_figures_depend_on(made):
-    facts = html_report.facts(Arguments(seed=7), ["a"], None)
+    facts = html_report.facts(Arguments(seed=7), {"labels": "a"}, None)
     assert {"date", "device", "labels", "python", "triton", "transformers", "fsam-triton"} <= facts.keys()
     assert facts["torch"] == torch.__version__
     assert facts["seeds"].startswith("7 for training")
@@ -249,7 +249,7 @@ def test_missing_package_stops_before_training(options, tmp_path, monkeypatch, c
 
 def written(tmp_path, sharpness):
     arguments = Arguments(sam_type=["none"], report=str(tmp_path))
-    task = types.SimpleNamespace(description="data", names=["a", "b"], sizes={})
+    task = types.SimpleNamespace(description="data", facts=lambda arguments: {"labels": "a, b"}, sizes={})
     return html_report.write_report(arguments, [], task, [RUN], None, sharpness)
 
 

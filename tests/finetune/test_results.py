@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from fsam_triton import finetune, from_pretrained  # noqa: E402
 from fsam_triton.finetune import training  # noqa: E402
+from tests.finetune.running import files_of_at_most  # noqa: E402
 from tests.finetune.running import results as written  # noqa: E402
 
 NEW = ["--sam_type", "none", "--max_steps", "1"]
@@ -139,18 +140,6 @@ def test_error_in_training_keeps_the_runs_that_are_finished(options, tmp_path):
     with stopped(steps=2, run=1, error=ZeroDivisionError), pytest.raises(ZeroDivisionError):
         finetune.main([*options, "--sam_type", "none", "sam"])
     assert [run["name"] for run in written(tmp_path)["runs"]] == ["AdamW"]
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """Let no file grow beyond so many bytes: writing more fails, as on a full disk."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("more", [[], ["--trainable", "random", "--keep_ratio", "0.9", "--save_delta"]])
