@@ -8,7 +8,7 @@ import torch
 from .. import FisherMask, FishMask
 from .errors import InputError
 from .optimizers import MIXUP_OPTION_OF, build_mixup, build_optimizer, naming_options
-from .options import ESAM, FISHER, MEANINGS, SAM_TYPES, TRAINABLE
+from .options import AUTO, AUTO_RHO, ESAM, FISHER, MEANINGS, SAM_TYPES, TRAINABLE
 
 
 def check_arguments(arguments):
@@ -43,12 +43,13 @@ def check_arguments(arguments):
         raise InputError(f"Invalid --text_column_names: {arguments.text_column_names}; must be one column or two")
     _check_meaning(arguments)
     _check_together(arguments)
+    _check_auto_rho(arguments)
     build_mixup(arguments, total_steps=100)
     with naming_options():
         FisherMask(**arguments.of(FisherMask, "fisher-sam"))
     # A throw-away model, because the optimizers themselves know best which values they accept. The mask takes all
     # of it: `check_mask` looks whether it would take anything of the real one.
-    whole = dataclasses.replace(arguments, keep_ratio=1.0)
+    whole = dataclasses.replace(arguments, keep_ratio=1.0, rho=0.0 if arguments.rho == AUTO else arguments.rho)
     for sam_type in arguments.sam_type:
         model = torch.nn.Linear(8, 8)
         trainable = None if arguments.trains_all else FishMask.magnitude(model, keep_ratio=1.0)
@@ -137,7 +138,7 @@ def _check_together(arguments):
         (arguments.sam_reuse > 0 and by_tensor, "--sam_reuse with an esam type needs --beta_per element"),
         (arguments.rho_min > 0 and not arguments.rho_follows, "--rho_min needs --rho_follows"),
         (
-            0 <= arguments.rho < arguments.rho_min,
+            arguments.rho != AUTO and 0 <= arguments.rho < arguments.rho_min,
             f"Invalid --rho_min: {arguments.rho_min}; must be at most --rho {arguments.rho}",
         ),
         (
@@ -151,6 +152,22 @@ def _check_together(arguments):
     ):
         if wrong:
             raise InputError(message)
+
+
+def _check_auto_rho(arguments):
+    """Raise InputError if ``--rho auto`` is asked for where a search would find another thing than rho."""
+    if arguments.rho != AUTO:
+        return
+    for sam_type in arguments.sam_type:
+        if sam_type not in AUTO_RHO | {"none"}:
+            only = ", ".join(name for name in SAM_TYPES if name in AUTO_RHO)
+            raise InputError(f"--rho auto has no meaning for --sam_type {sam_type}, only for {only}")
+    if not arguments.trains_all:
+        raise InputError(f"--rho auto and --trainable {arguments.trainable} exclude each other: all weights are moved")
+    if arguments.gradient_accumulation_steps > 1:
+        raise InputError("--rho auto needs --gradient_accumulation_steps 1: it is found on single batches")
+    if arguments.rho_min > 0:
+        raise InputError("--rho auto and --rho_min exclude each other: the rho that is found may be smaller")
 
 
 def check_mask(arguments, model):

@@ -1,6 +1,7 @@
 """What ``fsam-finetune`` does, from the words of the command line to the files that it writes."""
 
 import contextlib
+import dataclasses
 import gc
 import sys
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from .models import encode, load_empty_model, load_tokenizer, model_path, save, 
 from .parser import parse
 from .results import Output, make_folder, run_folder, write_text
 from .texts import hold_out, label_names, read_bbc_news, read_glue, read_texts
-from .training import Trainer, choose_mask, join_workers
+from .training import Trainer, choose_mask, join_workers, search_rho
 
 try:
     import psutil  # noqa: F401  (for the report, which would miss it only after training)
@@ -142,7 +143,11 @@ def finetune(arguments, argv=()):
 def train_all(arguments, task, steps, output, mask, worker):
     """Make the runs that ``output`` lacks, and save each model as soon as it is trained."""
     for sam_type in arguments.sam_type[len(output.runs) :]:
-        trainer = Trainer(arguments, sam_type, task.path, task.names, task.tokenizer, steps, mask, worker)
+        common = task.path, task.names, task.tokenizer
+        search = search_rho(arguments, sam_type, *common, task.train)
+        own = dataclasses.replace(arguments, rho=search.rho) if search else arguments
+        trainer = Trainer(own, sam_type, *common, steps, mask, worker)
+        trainer.run.rho_search = search and dataclasses.asdict(search)
         if output.unfinished:
             trainer.load_state_dict(output.unfinished)
             output.unfinished = None

@@ -32,6 +32,9 @@ _TWO_PASSES = _SHARP - {"momentum-sam"}
 ESAM = {"esam", "fisher-esam"}
 _GSAM = {"gsam", "fisher-gsam"}
 FISHER = {"fisher-sam", "fisher-esam", "fisher-gsam"}
+AUTO = "auto"
+# Those whose rho has the scale of SAM's, which `find_rho` suggests.
+AUTO_RHO = {"sam", "gsam", "fisher-sam", "fisher-gsam"}
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,11 @@ MEANINGS = [
     Meaning("rho_min", Schedule, "rho_min", 0.0, _SHARP),
     Meaning("backup_format", FSAM, "backup_format", None, _SHARP),
 ]
+
+
+def radius(word):
+    """Return a word as what ``--rho`` takes: a number, or auto."""
+    return word if word == AUTO else float(word)
 
 
 def option(default, text, **keywords):
@@ -149,7 +157,9 @@ class Arguments:
     num_fisher_samples: int | None = tuning("fish: training texts that the Fisher information is estimated from")
     local_steps: int | None = option(None, "with torchrun: workers merge the trained weights every so many steps")
 
-    rho: float | None = tuning("radius of the perturbation")
+    rho: float | Literal[AUTO] | None = tuning(
+        "radius of the perturbation; auto: found before each run", type=radius, metavar="X|auto"
+    )
     alpha: float | None = tuning("gsam types: weight of the surrogate gap")
     beta: float | None = tuning("esam types: part of the tensors, or weights, that is perturbed")
     beta_per: Literal["tensor", "element"] | None = tuning("esam types: what --beta draws")
