@@ -15,17 +15,19 @@ import argparse
 import functools
 import io
 import itertools
+import statistics
 import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
-from bench.generalisation import ADAMW, Setting, Task, TimedTrainer, stratified
-from bench.records import Record, record
+from bench.generalisation import ADAMW, RESAMPLES, Setting, Task, TimedTrainer, best, stratified
+from bench.records import Record, find, record, recorded
 from fsam_triton.analysis import RhoSearch
 from fsam_triton.analysis.mean_loss import measuring, moved, norm
 from fsam_triton.finetune.options import Arguments
@@ -164,11 +166,90 @@ def run(task: Task, setting: Setting) -> Record:
     return result | found | ({"curves": curves} if curves else {})
 
 
+def right_bits(one: Record) -> np.ndarray:
+    """What `judge` has written: 1 for each test text that was right."""
+    return np.array([int(bit) for bit in f"{int(one['right'], 16):0{one['test_texts']}b}"])
+
+
+def points_apart(runs: list[Record], others: list[Record]) -> tuple[float, float, float]:
+    """The mean difference of the accuracies of paired runs in points, and its 95 % bootstrap interval.
+
+    Seeds and test texts are both drawn anew: each is a sample of those that there could be.
+    """
+    apart = np.array([right_bits(a) - right_bits(b) for a, b in zip(runs, others, strict=True)])
+    seeds, texts = apart.shape
+    generator = np.random.default_rng(0)
+    of_texts = generator.multinomial(texts, np.full(texts, 1 / texts), RESAMPLES) @ apart.T / texts
+    of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
+    return 100 * apart.mean(), *np.percentile(100 * (of_texts * of_seeds).sum(1), (2.5, 97.5))
+
+
+def percent(runs: list[Record]) -> float:
+    return 100 * statistics.mean(one["accuracy"] for one in runs)
+
+
+def columns(data: str, records: list[Record]) -> dict[str, list[Record]]:
+    """The runs of a task by what they have in common; those alone of which every seed is there."""
+    kinds = {ADAMW: (ADAMW, 0.0)} | {f"{rho:g}": (SAM, rho) for rho in RHOS} | {"auto": (AUTO, 0.0)}
+    found = {
+        name: [find(setting_of(data, method, rho, seed), records) for seed in SEEDS]
+        for name, (method, rho) in kinds.items()
+    }
+    return {name: runs for name, runs in found.items() if None not in runs}
+
+
+def task_table(data: str, records: list[Record]) -> str:
+    """Accuracies of one task by rho, and how far the suggestion is from the best; empty if there are no runs."""
+    found = columns(data, records)
+    grid = [name for name in found if name not in (ADAMW, "auto")]
+    if not grid:
+        return ""
+    texts = found[grid[0]][0]["test_texts"]
+    lines = [f"{data}, {TEXTS} training texts, {EPOCHS} epochs, {texts} test texts"]
+    lines.append(f"{'rho':12}" + "".join(f"{name:>8}" for name in found))
+    for i, seed in enumerate(SEEDS):
+        lines.append(f"seed {seed:<7}" + "".join(f"{percent([runs[i]]):>8.2f}" for runs in found.values()))
+    lines.append(f"{'mean':12}" + "".join(f"{percent(runs):>8.2f}" for runs in found.values()))
+    losses = (statistics.mean(one["loss"] for one in runs) for runs in found.values())
+    lines.append(f"{'mean loss':12}" + "".join(f"{loss:>8.3f}" for loss in losses))
+    chosen = f"{best([found[name] for name in grid])[1]:g}"
+    for name in [name for name in ("0.05", "auto") if name in found and name != chosen]:
+        mean, low, high = points_apart(found[name], found[chosen])
+        lines.append(f"{name} less the best of the grid, {chosen}: {mean:+.2f} [{low:+.2f}, {high:+.2f}] points")
+    if "auto" in found:
+        lines.append("auto: rho " + ", ".join(f"{one['search']['rho']:.4f}" for one in found["auto"]))
+    return "\n".join(lines)
+
+
+def rise_table(records: list[Record]) -> str:
+    """By how much of it the loss rises at some rho, at the start and half-way through the runs of AdamW."""
+    shown = CURVE_RHOS[6:13:2]
+    lines = ["rise of a batch's loss, % of it", f"{'rho':26}" + "".join(f"{rho:>8.3f}" for rho in shown)]
+    for data, step in itertools.product(TEST, CURVE_STEPS):
+        curves = [one["curves"][str(step)] for one in records if one["data"] == data and "curves" in one]
+        if curves:
+            rises = np.mean([np.mean(one["along_own"], 0) / np.mean(one["losses_at_w"]) - 1 for one in curves], 0)
+            by_rho = dict(zip(CURVE_RHOS, rises, strict=True))
+            lines.append(f"{f'{data}, step {step}':26}" + "".join(f"{100 * by_rho[rho]:>8.1f}" for rho in shown))
+    return "\n".join(lines)
+
+
+def report(records: list[Record]) -> str:
+    """All tables."""
+    return "\n\n".join(filter(None, [*(task_table(data, records) for data in TEST), rise_table(records)]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=RESULTS, help="file of results")
     parser.add_argument("--sentiments", type=Path, help="the sdist of vaderSentiment 2.5; needed to train")
+    parser.add_argument("--report", action="store_true", help="print the tables, train nothing")
     options = parser.parse_args()
+    if options.report:
+        print(report(recorded(options.runs)))
+        return
+    if options.sentiments is None:
+        parser.error("--sentiments is needed to train")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
