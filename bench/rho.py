@@ -3,6 +3,7 @@
     pip download --no-deps --no-binary :all: vaderSentiment==2.5    # sentences rated for their sentiment
     OMP_NUM_THREADS=1 python -m bench.rho --sentiments vaderSentiment-2.5.tar.gz    # resumes where it was stopped
     python -m bench.rho --report    # prints the tables of the file of results, trains nothing
+    python -m bench.rho --page docs/rho.md    # puts them into the page
 
 At one seed all runs start from the same weights and see the same texts in the same order, so they are compared in
 pairs. Of each run the file of results keeps which test texts it got right, and of each run of AdamW how the loss rises
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 import transformers
 
-from bench.generalisation import ADAMW, RESAMPLES, Setting, Task, TimedTrainer, best, stratified
+from bench.generalisation import ADAMW, RESAMPLES, Setting, Task, TimedTrainer, best, put_into, stratified
 from bench.records import Record, find, record, recorded
 from fsam_triton.analysis import RhoSearch
 from fsam_triton.analysis.mean_loss import measuring, moved, norm
@@ -48,6 +49,7 @@ TEXTS, EPOCHS, LEARNING_RATE = 500, 3, 1e-4
 CURVE_STEPS = (0, 48)
 CURVE_RHOS = tuple(round(10 ** (k / 6 - 3), 6) for k in range(16))
 CURVE_BATCHES = 4
+MARKER = "<!-- python -m bench.rho --report -->\n```\n"
 
 
 def read_sentiments(archive: Path, name: str) -> Texts:
@@ -244,7 +246,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=RESULTS, help="file of results")
     parser.add_argument("--sentiments", type=Path, help="the sdist of vaderSentiment 2.5; needed to train")
     parser.add_argument("--report", action="store_true", help="print the tables, train nothing")
+    parser.add_argument("--page", type=Path, help="put the tables into this page instead, docs/rho.md say")
     options = parser.parse_args()
+    if options.page:
+        put_into(options.page, report(recorded(options.runs)), MARKER)
+        return
     if options.report:
         print(report(recorded(options.runs)))
         return

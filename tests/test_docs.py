@@ -18,6 +18,7 @@ MODULES = (
     "analysis.density",
     "analysis.hessian",
     "analysis.landscape",
+    "analysis.rho",
     "analysis.sharpness",
     "batches.mixup",
     "batches.samples",
