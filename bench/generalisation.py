@@ -362,11 +362,11 @@ def report(records: Sequence[Record]) -> str:
     return "\n\n".join([*filter(None, tables), grid_table(choices, grids)])
 
 
-def put_into(page: Path, tables: str) -> None:
+def put_into(page: Path, tables: str, marker: str = MARKER) -> None:
     """Replace the fenced block below the page's marker by the tables."""
-    before, after = page.read_text(encoding="utf-8").split(MARKER)
+    before, after = page.read_text(encoding="utf-8").split(marker)
     rest = after.split("```\n", 1)[1]
-    page.write_text(f"{before}{MARKER}{tables}\n```\n{rest}", encoding="utf-8")
+    page.write_text(f"{before}{marker}{tables}\n```\n{rest}", encoding="utf-8")
 
 
 def experiment(path: Path, film_reviews: Path) -> None:

@@ -12,12 +12,14 @@ import pytest
 
 from fsam_triton.finetune.checks import check_arguments
 from fsam_triton.finetune.options import Arguments
+from fsam_triton.finetune.parser import parse
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = (
     "analysis.density",
     "analysis.hessian",
     "analysis.landscape",
+    "analysis.rho",
     "analysis.sharpness",
     "batches.mixup",
     "batches.samples",
@@ -73,19 +75,13 @@ def command_lines():
                     yield pytest.param(shlex.split(line.split("fsam-finetune", 1)[1], comments=True), id=page.name)
 
 
-def parsed(words):
-    parser = pytest.importorskip("transformers").HfArgumentParser(Arguments)
-    (arguments,) = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
-    return arguments
-
-
 @pytest.mark.parametrize("words", list(command_lines()))
 def test_command_line_of_a_page_is_accepted(words):
-    check_arguments(parsed(words))
+    check_arguments(parse(words))
 
 
 def test_recipes_have_the_updates_and_warm_up_of_the_fsam_codes_scripts():
-    recipes = [parsed(line.values[0]) for line in command_lines() if line.id == "recipes.md"]
+    recipes = [parse(line.values[0]) for line in command_lines() if line.id == "recipes.md"]
     assert [(r.task_name, r.max_steps, math.ceil(r.max_steps * r.warmup_ratio)) for r in recipes] == [
         ("cola", 2668, 160),
         ("rte", 1018, 61),

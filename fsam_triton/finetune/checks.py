@@ -8,7 +8,18 @@ import torch
 from .. import FisherMask, FishMask
 from .errors import InputError
 from .optimizers import MIXUP_OPTION_OF, build_mixup, build_optimizer, naming_options
-from .options import ESAM, FISHER, MEANINGS, SAM_TYPES, TASK_OF, TRAINABLE
+from .options import (
+    AUTO,
+    AUTO_RHO,
+    DECAY,
+    ESAM,
+    FISHER,
+    MEANINGS,
+    SAM_TYPES,
+    TASK_OF,
+    TRAINABLE,
+    WARMUP_STABLE_DECAY,
+)
 
 
 def check_arguments(arguments):
@@ -46,12 +57,13 @@ def check_arguments(arguments):
         raise InputError(f"Invalid --text_column_names: {arguments.text_column_names}; must be one column or two")
     _check_meaning(arguments)
     _check_together(arguments)
+    _check_auto_rho(arguments)
     build_mixup(arguments, total_steps=100)
     with naming_options():
         FisherMask(**arguments.of(FisherMask, "fisher-sam"))
     # A throw-away model, because the optimizers themselves know best which values they accept. The mask takes all
     # of it: `check_mask` looks whether it would take anything of the real one.
-    whole = dataclasses.replace(arguments, keep_ratio=1.0)
+    whole = dataclasses.replace(arguments, keep_ratio=1.0, rho=0.0 if arguments.rho == AUTO else arguments.rho)
     for sam_type in arguments.sam_type:
         model = torch.nn.Linear(8, 8)
         trainable = None if arguments.trains_all else FishMask.magnitude(model, keep_ratio=1.0)
@@ -91,6 +103,8 @@ def _check_together(arguments):
     """Raise InputError for options that contradict each other."""
     by_tensor = arguments.beta_per == "tensor" and not ESAM.isdisjoint(arguments.sam_type)
     selects = arguments.gamma < 1 and not ESAM.isdisjoint(arguments.sam_type)
+    is_part = arguments.ascent_fraction < 1
+    decays = arguments.lr_scheduler_type == WARMUP_STABLE_DECAY
     masked = [sam_type for sam_type in arguments.sam_type if sam_type in FISHER]
     for wrong, message in (
         (
@@ -125,6 +139,19 @@ def _check_together(arguments):
         (
             arguments.gradient_accumulation_steps > 1 and selects,
             "--gradient_accumulation_steps with an esam type needs --gamma 1: samples are chosen from the whole batch",
+        ),
+        (
+            is_part and arguments.gradient_accumulation_steps > 1 and arguments.task != "causal-lm",
+            "--ascent_fraction needs --gradient_accumulation_steps 1: it is a part of the whole batch",
+        ),
+        (is_part and arguments.mixes, "--ascent_fraction excludes mixup: rows are mixed with rows of the whole batch"),
+        (
+            decays and not 0 < arguments.lr_decay_ratio <= 1 - arguments.warmup_ratio,
+            f"Invalid --lr_decay_ratio: {arguments.lr_decay_ratio}; must be > 0 and leave room for --warmup_ratio",
+        ),
+        (
+            arguments.sam_last == DECAY and arguments.rho_warmup_ratio > 0,
+            "--rho_warmup_ratio and --sam_last decay exclude each other: the number of steps is the scheduler's",
         ),
         (
             (arguments.save_steps or arguments.resume_from_checkpoint) and arguments.local_steps,
@@ -167,7 +194,7 @@ def _check_together(arguments):
         (arguments.sam_reuse > 0 and by_tensor, "--sam_reuse with an esam type needs --beta_per element"),
         (arguments.rho_min > 0 and not arguments.rho_follows, "--rho_min needs --rho_follows"),
         (
-            0 <= arguments.rho < arguments.rho_min,
+            arguments.rho != AUTO and 0 <= arguments.rho < arguments.rho_min,
             f"Invalid --rho_min: {arguments.rho_min}; must be at most --rho {arguments.rho}",
         ),
         (
@@ -181,6 +208,24 @@ def _check_together(arguments):
     ):
         if wrong:
             raise InputError(message)
+
+
+def _check_auto_rho(arguments):
+    """Raise InputError if ``--rho auto`` is asked for where a search would find another thing than rho."""
+    if arguments.rho != AUTO:
+        return
+    for sam_type in arguments.sam_type:
+        if sam_type not in AUTO_RHO | {"none"}:
+            only = ", ".join(name for name in SAM_TYPES if name in AUTO_RHO)
+            raise InputError(f"--rho auto has no meaning for --sam_type {sam_type}, only for {only}")
+    if arguments.task == "causal-lm":
+        raise InputError("--rho auto needs --task sequence-classification, for which its rule was calibrated")
+    if not arguments.trains_all:
+        raise InputError(f"--rho auto and --trainable {arguments.trainable} exclude each other: all weights are moved")
+    if arguments.gradient_accumulation_steps > 1:
+        raise InputError("--rho auto needs --gradient_accumulation_steps 1: it is found on single batches")
+    if arguments.rho_min > 0:
+        raise InputError("--rho auto and --rho_min exclude each other: the rho that is found may be smaller")
 
 
 def check_mask(arguments, model):

@@ -1,6 +1,7 @@
 """What ``fsam-finetune`` does, from the words of the command line to the files that it writes."""
 
 import contextlib
+import dataclasses
 import gc
 import sys
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from .models import draw_batches, encode, load_empty_model, load_model, load_tok
 from .parser import parse
 from .results import Output, make_folder, run_folder, write_text
 from .texts import hold_out, label_names, read_bbc_news, read_glue, read_texts
-from .training import Trainer, choose_mask, join_workers
+from .training import Trainer, choose_mask, join_workers, search_rho
 
 try:
     import psutil  # noqa: F401  (for the report, which would miss it only after training)
@@ -80,6 +81,10 @@ class Task:
     def choose_mask(self, arguments):
         """Return the FishMask of the weights to train; None for all weights."""
         return choose_mask(arguments, self.path, self.names, self.tokenizer, self.train)
+
+    def search_rho(self, arguments, sam_type):
+        """Return the `RhoSearch` of ``--rho auto``; None if rho is given or unused."""
+        return search_rho(arguments, sam_type, self.path, self.names, self.tokenizer, self.train)
 
     def trainer(self, arguments, sam_type, steps, mask, worker):
         """Return what makes a run of so many steps."""
@@ -183,7 +188,10 @@ def finetune(arguments, argv=()):
 def train_all(arguments, task, steps, output, mask, worker):
     """Make the runs that ``output`` lacks, and save each model as soon as it is trained."""
     for sam_type in arguments.sam_type[len(output.runs) :]:
-        trainer = task.trainer(arguments, sam_type, steps, mask, worker)
+        search = task.search_rho(arguments, sam_type)
+        own = dataclasses.replace(arguments, rho=search.rho) if search else arguments
+        trainer = task.trainer(own, sam_type, steps, mask, worker)
+        trainer.run.rho_search = search and dataclasses.asdict(search)
         if output.unfinished:
             trainer.load_state_dict(output.unfinished)
             output.unfinished = None

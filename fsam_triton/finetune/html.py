@@ -22,7 +22,7 @@ from ..analysis.figures import written_figure
 from ..files import written_whole
 from . import probe
 from .errors import InputError
-from .report import PeakMemory, draw_evaluations, draw_losses, table_note, table_rows
+from .report import PeakMemory, draw_evaluations, draw_losses, draw_rho_searches, table_note, table_rows
 from .texts import SUBSET_SEED
 
 # Stands for the colour of the page's text in its pictures.
@@ -162,7 +162,10 @@ def draw_pictures(runs, landscapes):
     styles = matplotlib.cycler(color=_COLORS) + matplotlib.cycler(linestyle=["-", "--", "-."] * 3)
     pictures = {}
     with matplotlib.rc_context({**_THEME, "axes.prop_cycle": styles}), tempfile.TemporaryDirectory() as folder:
-        for name, draw in {"losses": draw_losses, "evaluations": draw_evaluations}.items():
+        drawings = {"losses": draw_losses, "evaluations": draw_evaluations}
+        if any(run.rho_search for run in runs):
+            drawings["rho"] = draw_rho_searches
+        for name, draw in drawings.items():
             path = Path(folder) / f"{name}.svg"
             with written_figure(path, 5.2, 3.6) as figure:
                 draw(runs, figure.subplots())

@@ -74,6 +74,9 @@ class Task:
     def choose_mask(self, arguments):
         """Return None: all weights are trained, or those of an adapter."""
 
+    def search_rho(self, arguments, sam_type):
+        """Return None: ``--rho auto`` is for classifiers."""
+
     def trainer(self, arguments, sam_type, steps, mask, worker):
         """Return what makes a run."""
         from .sft import Trainer

@@ -92,6 +92,8 @@ def _optimizer_of(arguments, sam_type, groups, total_steps, keywords):
         return MomentumSAM(groups, **keywords)
     if sam_type == "asam":
         return FSAM(groups, adaptive=True, **keywords)
+    if sam_type in ("friendly-sam", "preconditioned-sam"):
+        return FSAM(groups, preconditioned=sam_type == "preconditioned-sam", **keywords)
     if sam_type in FISHER:
         keywords["mask"] = FisherMask(**arguments.of(FisherMask, sam_type))
     return FSAM.from_sam_type(sam_type, groups, **keywords)

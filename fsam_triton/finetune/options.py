@@ -18,6 +18,8 @@ SAM_TYPES = {
     "asam": "ASAM",
     "esam": "ESAM",
     "gsam": "GSAM",
+    "friendly-sam": "FriendlySAM",
+    "preconditioned-sam": "preconditioned SAM",
     "fisher-sam": "Fisher-SAM",
     "fisher-esam": "Fisher-ESAM",
     "fisher-gsam": "Fisher-GSAM",
@@ -34,6 +36,11 @@ _TWO_PASSES = _SHARP - {"momentum-sam"}
 ESAM = {"esam", "fisher-esam"}
 _GSAM = {"gsam", "fisher-gsam"}
 FISHER = {"fisher-sam", "fisher-esam", "fisher-gsam"}
+AUTO = "auto"
+DECAY = "decay"
+WARMUP_STABLE_DECAY = "warmup_stable_decay"
+# Those whose rho has the scale of SAM's, which `find_rho` suggests.
+AUTO_RHO = {"sam", "gsam", "fisher-sam", "fisher-gsam"}
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,12 @@ class Meaning:
 MEANINGS = [
     Meaning("rho", FSAM, "rho", 0.05, _SHARP),
     Meaning("alpha", FSAM, "alpha", 0.4, _GSAM),
+    Meaning("sigma", FSAM, "sigma", 1.0, {"friendly-sam"}),
+    Meaning("lmbda", FSAM, "lmbda", 0.9, {"friendly-sam"}),
     Meaning("beta", FSAM, "beta", 0.5, ESAM),
     Meaning("gamma", FSAM, "gamma", 0.5, ESAM),
     Meaning("beta_per", FSAM, "beta_per", "tensor", ESAM),
+    Meaning("ascent_fraction", FSAM, "ascent_fraction", 1.0, _TWO_PASSES - ESAM),
     Meaning("keep_ratio", FisherMask, "keep_ratio", 0.1, FISHER),
     Meaning("keep_ratio", FishMask, "keep_ratio", 0.005, {"fish", "random"}),
     Meaning("num_fisher_samples", estimate_fisher, "num_samples", 1024, {"fish"}),
@@ -129,6 +139,16 @@ DEFAULTS = {
         "learning_rate": 2e-5,
     },
 }
+
+
+def radius(word):
+    """Return a word as what ``--rho`` takes: a number, or auto."""
+    return word if word == AUTO else float(word)
+
+
+def share(word):
+    """Return a word as what ``--sam_last`` takes: a number, or decay."""
+    return word if word == DECAY else float(word)
 
 
 def option(default, text, **keywords):
@@ -226,14 +246,23 @@ class Arguments:
         },
     )
 
-    rho: float | None = tuning("radius of the perturbation")
+    rho: float | Literal[AUTO] | None = tuning(
+        "radius of the perturbation; auto: found before each run", type=radius, metavar="X|auto"
+    )
     alpha: float | None = tuning("gsam types: weight of the surrogate gap")
+    sigma: float | None = tuning("friendly-sam: how much of the average gradient is left out of the perturbation")
+    lmbda: float | None = tuning("friendly-sam: decay of that average")
     beta: float | None = tuning("esam types: part of the tensors, or weights, that is perturbed")
     beta_per: Literal["tensor", "element"] | None = tuning("esam types: what --beta draws")
     gamma: float | None = tuning("esam types: part of the batch in the second pass")
+    ascent_fraction: float | None = tuning("part of the batch in the first pass")
     sam_every: int | None = tuning("a sharpness-aware step every so many steps")
     sam_reuse: float | None = tuning("LookSAM: weight of the last sharpness-aware gradient in the steps between")
-    sam_last: float | None = tuning("last part of the steps that is sharpness-aware")
+    sam_last: float | Literal[DECAY] | None = tuning(
+        "last part of the steps that is sharpness-aware; decay: those in which the learning rate falls",
+        type=share,
+        metavar="X|decay",
+    )
     rho_warmup_ratio: float | None = tuning("share of these steps over which rho rises from 0")
     rho_follows: Literal["lr", "cosine"] | None = tuning(
         "rho rises and falls as the learning rate does, or falls on half a cosine (default: it is constant)"
@@ -268,9 +297,10 @@ class Arguments:
         "peak learning rate; for BERT-sized models 2e-5 to 5e-5 "
         "(default: 2e-4; causal-lm: 2e-5, from scratch 2e-3, with --lora 2e-4)",
     )
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = option(
-        "linear", "schedule of the learning rate"
-    )
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", WARMUP_STABLE_DECAY
+    ] = option("linear", "schedule of the learning rate")
+    lr_decay_ratio: float = option(0.2, "warmup_stable_decay: share of the steps over which the learning rate falls")
     warmup_ratio: float = option(0.1, "share of the steps over which the learning rate rises")
     weight_decay: float = option(0.01, "decay towards 0; not of biases and norm layers")
     adam_beta1: float = option(0.9, "decay of AdamW's first moment")
@@ -343,6 +373,12 @@ class Arguments:
         if steps == 0:
             raise InputError(f"{workers} workers are more than an epoch has steps")
         return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps)
+
+    def scheduler_kwargs(self, total_steps):
+        """Return what `transformers.get_scheduler` takes for this schedule alone, in a run of so many steps."""
+        if self.lr_scheduler_type != WARMUP_STABLE_DECAY:
+            return {}
+        return {"num_decay_steps": math.ceil(total_steps * self.lr_decay_ratio)}
 
     def of(self, owner, sam_type):
         """Return the arguments that a class of the library takes from these options, as a dict."""

@@ -61,7 +61,7 @@ def build_parser():
 def _keywords(kind):
     """Return what argparse needs to know of an option of a type."""
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        kind, _ = typing.get_args(kind)
+        kind, *_ = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         choices = {str(choice): choice for choice in typing.get_args(kind)}
         return {"choices": list(choices.values()), "type": lambda word: choices.get(word, word)}

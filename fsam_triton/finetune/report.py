@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..analysis import RhoSearch
+from ..analysis.rho import draw_rho_search
 from ..files import written_whole
 
 # How the table shows each metric.
@@ -25,6 +27,7 @@ class Run:
         peak_memory_bytes: highest memory use seen while it ran; see `PeakMemory`.
         mask_density: share of each parameter's weights that the last Fisher mask perturbs; empty without such a mask.
         metric: what is judged besides the loss: a key of `METRICS`.
+        rho_search: the fields of the `RhoSearch` of ``--rho auto``, or None.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Run:
     peak_memory_bytes: int = 0
     mask_density: dict[str, float] = field(default_factory=dict)
     metric: str = "accuracy"
+    rho_search: dict | None = None
 
     def summary(self):
         """Return the figures of the table as a dict; the time is the median, which leaves out compiling."""
@@ -141,6 +145,14 @@ def draw_evaluations(runs, axes):
         axes.plot(steps, values, marker="o", label=run.name)
     axes.set(xlabel="step", ylabel=f"validation {runs[0].metric}")
     _finish(axes)
+
+
+def draw_rho_searches(runs, axes):
+    """Draw how the loss rises with rho, of each run whose rho was searched."""
+    for run in runs:
+        if run.rho_search:
+            draw_rho_search(RhoSearch(**run.rho_search), axes, run.name)
+    axes.legend()
 
 
 def _finish(axes):

@@ -63,6 +63,7 @@ class Trainer:
             keep_tokens(self.sft, task, arguments)
         self.run.total_steps = arguments.total_steps(len(self.sft.train_dataset))
         self.sft.args.warmup_steps = math.ceil(self.run.total_steps * arguments.warmup_ratio)
+        self.sft.args.lr_scheduler_kwargs = arguments.scheduler_kwargs(self.run.total_steps)
 
     @property
     def model(self):

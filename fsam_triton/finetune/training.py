@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 
 from .. import FSAM, FishMask, MixupDraw, SparseMerger, estimate_fisher
-from ..analysis import mask_density
+from ..analysis import find_rho, mask_density
+from ..errors import ArgumentError
 from .errors import InputError
 from .models import draw_batches, load_model
 from .optimizers import build_mixup, build_optimizer, naming_options
-from .options import DTYPES, SAM_TYPES
+from .options import AUTO, DTYPES, SAM_TYPES
 from .report import PeakMemory, Run
 
 try:
@@ -22,6 +23,10 @@ try:
     from tqdm import tqdm
 except ImportError:
     transformers = None
+
+
+# What `search_rho` looks at: ten forward passes for each batch.
+RHO_BATCHES = 2
 
 
 def choose_mask(arguments, path, names, tokenizer, train):
@@ -53,6 +58,36 @@ def fisher_information(arguments, model, tokenizer, train):
         return estimate_fisher(model, batches, count)
 
 
+def search_rho(arguments, sam_type, path, names, tokenizer, train):
+    """Return the `RhoSearch` of ``--rho auto``, in the model that the run starts from; None if rho is given or unused.
+
+    Raises:
+        InputError: there is no rho to suggest.
+    """
+    if arguments.rho != AUTO or sam_type == "none":
+        return None
+    transformers.set_seed(arguments.seed)
+    model, _ = load_model(path, names)
+    model.to(arguments.device)
+
+    def loss(model, batch):
+        inputs = {key: value.to(model.device) for key, value in batch.items()}
+        labels = inputs.pop("labels")
+        with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
+            logits = model(**inputs).logits.float()
+        return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=arguments.label_smoothing_factor)
+
+    size = arguments.per_device_train_batch_size
+    batches = draw_batches(tokenizer, train, RHO_BATCHES * size, size, arguments.seed)
+    try:
+        search = find_rho(model, loss, batches, num_batches=RHO_BATCHES)
+    except (ArgumentError, FloatingPointError) as error:
+        raise InputError(f"--rho auto: {error}") from error
+    text = f"{SAM_TYPES[sam_type]}: rho {search.rho:.3g} raises the loss of a batch by {search.rise:.3g} of it"
+    print(text, flush=True)
+    return search
+
+
 def join_workers(arguments):
     """Join the workers that torchrun has started, if it has; return this one's rank and how many there are."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
@@ -82,7 +117,11 @@ class Trainer:
         self.total_steps = total_steps
         self.optimizer = build_optimizer(arguments, sam_type, self.model, novel, total_steps, trainable)
         self.scheduler = transformers.get_scheduler(
-            arguments.lr_scheduler_type, self.optimizer, math.ceil(total_steps * arguments.warmup_ratio), total_steps
+            arguments.lr_scheduler_type,
+            self.optimizer,
+            math.ceil(total_steps * arguments.warmup_ratio),
+            total_steps,
+            arguments.scheduler_kwargs(total_steps),
         )
         self.collator = transformers.DataCollatorWithPadding(tokenizer)
         self.run = Run(SAM_TYPES[sam_type], total_steps)
@@ -150,7 +189,7 @@ class Trainer:
         self.model.train()
         start = time.perf_counter()
         batches = [self.collate(features[i : i + size]) for i in range(0, len(features), size)]
-        if isinstance(self.optimizer, FSAM) and self.optimizer.gamma < 1:
+        if isinstance(self.optimizer, FSAM) and min(self.optimizer.gamma, self.optimizer.ascent_fraction) < 1:
             (batch,) = batches
             loss = self.optimizer.step(losses, batch).mean().item()
         else:

@@ -6,7 +6,14 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from fsam_triton.analysis import Landscape, hessian_eigenvalues, loss_landscape, m_sharpness, worst_case_sharpness
+from fsam_triton.analysis import (
+    Landscape,
+    find_rho,
+    hessian_eigenvalues,
+    loss_landscape,
+    m_sharpness,
+    worst_case_sharpness,
+)
 
 EPS = 2.0**-52
 MEASURES = {
@@ -14,6 +21,7 @@ MEASURES = {
     "worst_case_sharpness": lambda *args: worst_case_sharpness(*args, steps=3),
     "hessian_eigenvalues": hessian_eigenvalues,
     "loss_landscape": lambda *args: loss_landscape(*args, points=2),
+    "find_rho": lambda *args: find_rho(*args, rhos=[0.1, 0.2]),
 }
 measures = pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES.keys())
 FLAT = Landscape(torch.tensor([-1.0, 0.0, 1.0]), torch.ones(3, 3))

@@ -9,6 +9,7 @@ from torch import nn
 
 from fsam_triton import FSAM
 from fsam_triton.analysis import (
+    find_rho,
     hessian_eigenvalues,
     loss_landscape,
     m_sharpness,
@@ -36,6 +37,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (hessian_eigenvalues, {"k": 43}, "k"),
         (hessian_eigenvalues, {"tolerance": 0.0}, "tolerance"),
         (hessian_eigenvalues, {"tolerance": 1.0}, "tolerance"),
+        (find_rho, {"rise": 0.0}, "rise"),
+        (find_rho, {"rhos": []}, "rhos"),
+        (find_rho, {"rhos": [0.0, 0.1]}, "rhos"),
+        (find_rho, {"rhos": [0.1, 0.1]}, "rhos"),
+        (find_rho, {"rhos": [0.1, math.inf]}, "rhos"),
+        (find_rho, {"num_batches": 0}, "num_batches"),
         (loss_landscape, {"dimensions": 3}, "dimensions"),
         (loss_landscape, {"radius": 0.0}, "radius"),
         (loss_landscape, {"points": 1}, "points"),
@@ -72,7 +79,7 @@ def test_bad_argument_is_named_by_every_measure(measure, options, name):
         measure(*arguments.values())
 
 
-@pytest.mark.parametrize("measure", [m_sharpness, worst_case_sharpness, hessian_eigenvalues])
+@pytest.mark.parametrize("measure", [m_sharpness, worst_case_sharpness, hessian_eigenvalues, find_rho])
 def test_loss_that_does_not_depend_on_the_parameters_is_refused(measure):
     with pytest.raises(ValueError, match=r"^Invalid loss: .*must depend on the model's parameters"):
         measure(mlp(), lambda model, batch: batch[0].mean(), UNEQUAL)

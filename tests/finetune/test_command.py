@@ -77,7 +77,7 @@ def test_sample_limits_apply_to_training_and_validation(options):
         (["--max_train_samples", "1"], "only one label"),
         (["--model_name_or_path", "/no/such/folder"], "--model_name_or_path /no/such/folder: no such folder"),
         (["--no_such_option", "1"], "unknown options: --no_such_option 1"),
-        (["--rho", "much"], "argument --rho: invalid float value: 'much'"),
+        (["--rho", "much"], "argument --rho: invalid radius value: 'much'"),
         (["--bf16", "perhaps"], "argument --bf16: 'perhaps' is neither true nor false"),
         (["--max_seq_length", "2"], "Invalid --max_seq_length: 2; must be > 2, the number of special tokens"),
         (["--train_file", "caf\udce9.csv"], "'caf\\udce9.csv' is not UTF-8"),

@@ -6,6 +6,7 @@ import html.parser
 import importlib.util
 import io
 import math
+import re
 import shlex
 import shutil
 import types
@@ -88,6 +89,7 @@ def made(tiny_bert, tmp_path_factory):
     data.write_text("label,text\n" + "".join(f"{label},the film was {words[label]}\n" for label in LABELS * 12))
     argv = ["--model_name_or_path", tiny_bert, "--train_file", str(data), "--validation_file", str(data)]
     argv += ["--output_dir", str(folder / "out"), "--report", str(folder / "page"), "--max_steps", "3", "--use_cpu"]
+    argv += ["--rho", "auto"]
     printed, progress = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress):
         assert finetune.main(argv) == 0
@@ -108,9 +110,14 @@ def test_page_refers_to_nothing_outside_itself(made):
 
 
 def test_page_has_the_figures_that_are_printed(made):
-    printed = [line.split() for line in made.printed.splitlines()[3:5]]
+    printed = [line.split() for line in made.printed.splitlines()[4:6]]
     assert [row[0] for row in printed] == ["AdamW", "Fisher-SAM"]
     assert made.page.rows[1:3] == printed
+
+
+def test_page_has_the_rho_that_was_found(made):
+    (found,) = re.findall(r"Fisher-SAM: rho (\S+) raises the loss", made.printed)
+    assert f"Dotted: Fisher-SAM {found}, which raises it by 0.01 of it." in " ".join(made.page.text.split())
 
 
 def test_command_of_the_page_is_the_one_that_was_typed(made):
@@ -161,9 +168,9 @@ def test_sharpness_is_that_of_the_weights_before_training_and_of_those_saved(mad
 
 def test_landscapes_are_of_the_runs_with_one_scale(made):
     labels = [attributes["aria-label"] for _, attributes in made.page.elements if attributes.get("role") == "img"]
-    assert len(labels) == 3
-    assert "AdamW" in labels[2]
-    assert "Fisher-SAM" in labels[2]
+    assert len(labels) == 4
+    assert "AdamW" in labels[3]
+    assert "Fisher-SAM" in labels[3]
     assert made.page.text.count("mean loss") == 1  # the label of the scale of colours
 
 

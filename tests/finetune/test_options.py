@@ -27,8 +27,8 @@ def built(sam_type, total_steps=100, **options):
 
 
 NO_BACKUP = (
-    "--backup_format has no meaning for --sam_type none, only for sam, asam, esam, gsam, fisher-sam, fisher-esam, "
-    "fisher-gsam, momentum-sam"
+    "--backup_format has no meaning for --sam_type none, only for sam, asam, esam, gsam, friendly-sam, "
+    "preconditioned-sam, fisher-sam, fisher-esam, fisher-gsam, momentum-sam"
 )
 
 
@@ -53,6 +53,17 @@ def test_the_other_types_are_their_classes():
     asam = built("asam", **EVERYTHING)
     assert asam.param_groups[0]["adaptive"]
     assert (asam.mask, asam.alpha, asam.ascent.beta, asam.gamma) == (None, 0, 1, 1)
+    friendly = built("friendly-sam", sigma=0.8, lmbda=0.95).ascent
+    assert (friendly.sigma, friendly.lmbda) == (0.8, 0.95)
+    assert built("preconditioned-sam").ascent.preconditioned
+    assert built("sam", ascent_fraction=0.25).ascent_fraction == 0.25
+
+
+def test_range_of_sharp_steps_can_be_the_decay_of_the_learning_rate():
+    assert built("sam", sam_last="decay").schedule.last == "decay"
+    arguments = Arguments(lr_scheduler_type="warmup_stable_decay", lr_decay_ratio=0.25)
+    assert arguments.scheduler_kwargs(50) == {"num_decay_steps": 13}
+    assert Arguments().scheduler_kwargs(50) == {}
 
 
 def test_mask_options_are_those_of_fisher_mask():
@@ -188,7 +199,7 @@ def test_every_optimizer_but_the_fisher_types_trains_what_a_fish_mask_selects(sa
             "Invalid --mask_samples: 11; must be from 1 to --mask_interval 10",
         ),
         ("sam", {"sam_every": 0}, "Invalid --sam_every: 0; must be an int >= 1"),
-        ("sam", {"sam_last": 0.0}, "Invalid --sam_last: 0.0; must be in (0, 1]"),
+        ("sam", {"sam_last": 0.0}, 'Invalid --sam_last: 0.0; must be in (0, 1], or "decay"'),
         ("sam", {"sam_reuse": 0.5}, "--sam_reuse needs --sam_every > 1"),
         ("esam", {"sam_reuse": 0.5, "sam_every": 2}, "--sam_reuse with an esam type needs --beta_per element"),
         ("sam", {"rho_warmup_ratio": 2.0}, "Invalid --rho_warmup_ratio: 2.0; must be between 0 and 1"),

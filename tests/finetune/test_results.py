@@ -189,7 +189,7 @@ def weights(folder):
 
 def curves(folder):
     runs = json.loads((folder / "all_results.json").read_text())["runs"]
-    return [(run["name"], run["losses"], run["evaluations"], run["mask_density"]) for run in runs]
+    return [[run[key] for key in ("name", "losses", "evaluations", "mask_density", "rho_search")] for run in runs]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def curves(folder):
     [
         (["--sam_type", "none", "--ema_decay", "0.9"], 2),
         (["--sam_type", "none", "--trainable", "fish", "--keep_ratio", "0.5"], 2),
-        (["--sam_type", "sam", "--sam_every", "3", "--sam_reuse", "0.7"], 2),
+        (["--sam_type", "sam", "--rho", "auto", "--sam_every", "3", "--sam_reuse", "0.7"], 2),
         (["--sam_type", "esam", "--mixup_alpha", "1", "--gamma", "1"], 3),  # after an epoch, before its evaluation
         (["--sam_type", "fisher-sam", "--mask_interval", "3", "--l2_sp", "0.1"], 2),
         (["--sam_type", "fisher-gsam", "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "8"], 3),
