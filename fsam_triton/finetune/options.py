@@ -39,6 +39,7 @@ FISHER = {"fisher-sam", "fisher-esam", "fisher-gsam"}
 AUTO = "auto"
 DECAY = "decay"
 WARMUP_STABLE_DECAY = "warmup_stable_decay"
+LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", WARMUP_STABLE_DECAY)
 # Those whose rho has the scale of SAM's, which `find_rho` suggests.
 AUTO_RHO = {"sam", "gsam", "fisher-sam", "fisher-gsam"}
 
@@ -297,9 +298,9 @@ class Arguments:
         "peak learning rate; for BERT-sized models 2e-5 to 5e-5 "
         "(default: 2e-4; causal-lm: 2e-5, from scratch 2e-3, with --lora 2e-4)",
     )
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", WARMUP_STABLE_DECAY
-    ] = option("linear", "schedule of the learning rate")
+    lr_scheduler_type: Literal[LR_SCHEDULERS] = option(
+        "linear", f"schedule of the learning rate: {', '.join(LR_SCHEDULERS)}", metavar="NAME"
+    )
     lr_decay_ratio: float = option(0.2, "warmup_stable_decay: share of the steps over which the learning rate falls")
     warmup_ratio: float = option(0.1, "share of the steps over which the learning rate rises")
     weight_decay: float = option(0.01, "decay towards 0; not of biases and norm layers")

@@ -95,7 +95,8 @@ def test_schedules_fit_runs_of_any_length(total_steps):
 def test_a_comparison_gives_each_type_the_options_it_has_a_use_for():
     arguments = Arguments(sam_type=["sam", "gsam", "momentum-sam"], sam_every=2, sam_reuse=0.5, alpha=0.1)
     check_arguments(arguments)
-    assert arguments.of(FSAM, "gsam") == {"rho": 0.05, "alpha": 0.1, "backup_format": None}
+    expected = {"rho": 0.05, "alpha": 0.1, "ascent_fraction": 1.0, "backup_format": None}
+    assert arguments.of(FSAM, "gsam") == expected
     assert arguments.of(Schedule, "gsam").keys() == {"every", "last", "rho_warmup", "rho_follows", "rho_min"}
     assert arguments.of(Schedule, "momentum-sam").keys() == {"last", "rho_warmup", "rho_follows", "rho_min"}
 
