@@ -1,4 +1,4 @@
-"""What a bad argument raises, and warnings of the line that calls us."""
+"""The error for a bad argument, and warnings that point to the line that calls us."""
 
 import sys
 import warnings
@@ -16,7 +16,7 @@ class ArgumentError(ValueError):
     Attributes:
         name: The argument.
         value: The value received.
-        allowed: What would be accepted.
+        allowed: The values that would be accepted.
     """
 
     def __init__(self, name: str, value: object, allowed: str):
@@ -30,13 +30,13 @@ class ArgumentError(ValueError):
 
 
 def check(ok: bool, name: str, value: object, allowed: str) -> None:
-    """Raise the ArgumentError of a bad argument."""
+    """Raise an ArgumentError unless `ok`."""
     if not ok:
         raise ArgumentError(name, value, allowed)
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn of the innermost line that is neither this package's nor torch's."""
+    """Warn, pointing to the innermost line that is neither this package's nor torch's."""
     level, frame = 1, sys._getframe()
     while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLER):
         level, frame = level + 1, frame.f_back

@@ -39,39 +39,40 @@ def estimate_fisher(
         kind="label":   F = 1/N sum_i g(x_i, y_i)^2                      (eq. 6, the empirical Fisher information)
         kind="expect":  F = 1/N sum_i sum_y p(y | x_i) g(x_i, y)^2       (eq. 4, classes weighted as the model does)
 
-    The squares are those of single samples' gradients, not of a batch's. They come from one forward pass and one
-    backward pass per batch (with "expect" one backward pass per class) as long as a parameter is used by functions
-    that are known here: those of Linear, Embedding, Conv2d, LayerNorm, RMSNorm, GroupNorm, BatchNorm and transformers'
-    Conv1D, sums and products with a parameter. Any other parameter takes a slower way with the same result.
+    The squares are those of single samples' gradients, not of a batch's. They take one forward pass and one backward
+    pass per batch (with "expect", one backward pass per class) if a parameter is only used by functions that are known
+    here: those of Linear, Embedding, Conv2d, LayerNorm, RMSNorm, GroupNorm, BatchNorm and transformers' Conv1D, and
+    sums and products with a parameter. Any other parameter takes a slower way with the same result.
 
-    The model is in eval mode meanwhile, so that samples neither drop out nor see each other; its modes are restored
-    afterwards. `p.grad`, `requires_grad` and hooks stay as they are. Under `torch.autocast`, or with weights of 16
-    bits, products of 16-bit numbers are summed in fp32; fp16 gradients can underflow, as there is no loss scaling.
+    During the estimate the model is in eval mode, so that there is no dropout and samples do not see each other; its
+    modes are restored afterwards. `p.grad`, `requires_grad` and hooks stay as they are. Under `torch.autocast`, or with
+    16-bit weights, products of 16-bit numbers are summed in fp32; fp16 gradients can underflow, as there is no loss
+    scaling.
 
-    Two kinds of biases are not worth training, whatever their scores; freeze them, and they are not estimated:
+    Two kinds of biases are not worth training, whatever their scores. Freeze them, and they are not estimated:
 
     - A bias in front of BatchNorm has information in eval mode, where the running mean is a constant. In training mode
-      the batch's mean takes the bias out again: its gradient is rounding errors, which Adam makes steps of.
-    - A bias in front of InstanceNorm, or of the keys of attention, has no influence at all. Its score is that of
-      rounding errors: in fp32 at most 1e-14 of the largest score, which is more than the exact zeros of unused
-      embeddings have, and less than any share of weights that is worth training. It is not set to zero, because a
-      gradient does not tell how large the terms were that cancelled in it.
+      the batch's mean removes the bias again: its gradient consists of rounding errors, which Adam turns into steps.
+    - A bias in front of InstanceNorm, or of the keys of attention, has no influence at all. Its score consists of
+      rounding errors: in fp32 at most 1e-14 of the largest score. That is more than the exact zeros of unused
+      embeddings, and less than the scores of any share of weights that is worth training. It is not set to zero,
+      because a gradient does not tell how large the terms were that cancelled in it.
 
     Args:
-        model: takes the batches, returns logits or an object that has `logits`.
-        dataloader: gives dicts with the key "labels" (called as `model(**batch)`) or pairs (inputs, labels) (called as
-            `model(inputs)`); the first dimension of tensors counts samples. Tensors are sent to the model's device.
-        num_samples: how many samples to use; the last batch is cut. If there are fewer, they are used, with a warning.
-        kind: "label" for the given labels, "expect" for an expectation over the model's own (needs no labels).
-        statistic: "square", or "abs" for the mean of |g| in place of g^2.
+        model: takes the batches and returns logits, or an object with the attribute `logits`.
+        dataloader: yields dicts with the key "labels" (passed as `model(**batch)`) or pairs (inputs, labels) (passed as
+            `model(inputs)`); the first dimension of tensors counts samples. Tensors are moved to the model's device.
+        num_samples: number of samples to use; the last batch is cut. If there are fewer, all are used, with a warning.
+        kind: "label" for the given labels, "expect" for an expectation over the model's own classes (needs no labels).
+        statistic: "square", or "abs" for the mean of |g| instead of g^2.
         loss_fn: for kind="label": `loss_fn(logits, labels)` returns one loss per sample. Default: cross entropy of
-            logits [batch, classes]; for causal language models there is `causal_lm_loss`. Logits of 16 bits are made
+            logits [batch, classes]; for causal language models use `causal_lm_loss`. 16-bit logits are converted to
             fp32 first.
         progress: whether to show a progress bar, if tqdm is installed.
 
     Returns:
-        The estimate by name for each parameter that requires a gradient (tied ones under their first name), in its
-        shape, fp32 (fp64 for fp64 parameters).
+        By name, the estimate for each parameter that requires a gradient (tied ones under their first name), in the
+        parameter's shape, fp32 (fp64 for fp64 parameters).
 
     Raises:
         ValueError: an argument or a batch is not as described.

@@ -1,4 +1,4 @@
-"""Per-sample gradients of one parameter, in the form in which a use of it gives them."""
+"""Per-sample gradients of one parameter, in the form that a use of the parameter gives them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .objective import Objective
 
 @dataclass
 class Product:
-    """Gradients D_b^T A_b of a matrix, the parameter with all but its first dimension flattened.
+    """Gradients D_b^T A_b of a matrix: the parameter with all dimensions except the first flattened.
 
     inputs: A [batch, positions, in]; grads: D [batch, positions, out].
     """
@@ -32,7 +32,7 @@ class Product:
         ops.linear_fisher_(fisher.flatten(1), self.inputs, self.grads, objective.absolute)
 
     def gradient(self, i: int, like: Tensor) -> Tensor:
-        """Sample i's gradient, as `like` is."""
+        """Sample i's gradient, with the shape and type of `like`."""
         return (self.grads[i].T.to(like.dtype) @ self.inputs[i].to(like.dtype)).view(like.shape)
 
 
@@ -61,7 +61,7 @@ class Lookup:
 
 @dataclass
 class Dense:
-    """Gradients of a small parameter, one row a sample."""
+    """Gradients of a small parameter, one row per sample."""
 
     grads: Tensor
 
@@ -81,7 +81,7 @@ Part = Product | Lookup | Dense
 
 @dataclass
 class SharedLookup:
-    """An embedding whose indices are not the samples' own: of positions, or the like."""
+    """An embedding whose indices are not the samples' own, such as positions."""
 
     key: int
     output: Tensor

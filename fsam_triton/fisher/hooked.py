@@ -1,4 +1,4 @@
-"""The fast way to per-sample gradients: out of a batch's own forward and backward pass."""
+"""The fast way to per-sample gradients: from a batch's own forward and backward pass."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ from .rules import RULES
 
 
 class HookedPasses(TorchFunctionMode):
-    """Makes per-sample gradients of a batch's own activations and output gradients.
+    """Computes per-sample gradients from a batch's own activations and output gradients.
 
-    While the model runs, every call of a torch function that is given a parameter comes through here. A function with
-    a rule is called with a constant in the parameter's place, so autograd does not compute its gradient, and a hook on
-    its output makes the per-sample gradients when the backward pass is there. Modules do not matter, so neither does
-    which module a parameter belongs to, or how often it is used: gradients of all uses are added before squaring.
+    While the model runs, every call of a torch function with a parameter as an argument is intercepted here. A function
+    with a rule is called with a constant in the parameter's place, so that autograd does not compute its gradient, and
+    a hook on its output computes the per-sample gradients in the backward pass. Modules do not matter, and neither does
+    which module a parameter belongs to or how often it is used: the gradients of all uses are added before squaring.
 
-    A parameter goes to `slow`, for `SlowPasses`, as soon as there is a use whose per-sample gradients do not follow:
+    A parameter goes to `slow`, for `SlowPasses`, as soon as it has a use whose per-sample gradients cannot be derived
+    here:
 
-    - A function without a rule is called with an alias of the parameter; if its result requires a gradient, it is a
-      use.
-    - What is no torch function (an autograd.Function, scripted modules, other threads) sees the parameter itself, which
-      then is a leaf of the loss's graph: `leaves` finds it there. There is no third way for a use to change a gradient.
-    - Rows must belong to samples one by one, in the order of the batch. If so, the loss of one sample gives no gradient
-      to others' rows. This is tried out with the first and the last sample, where a parameter is first used, and the
+    - A function without a rule is called with an alias of the parameter; if its result requires a gradient, this is
+      such a use.
+    - Code that is no torch function (an autograd.Function, scripted modules, other threads) sees the parameter itself,
+      which is then a leaf of the loss's graph: `leaves` finds it there. There is no third way for a use to change a
+      gradient.
+    - Rows must belong to single samples, in the order of the batch. If so, the loss of one sample gives no gradient to
+      other samples' rows. This is tested with the first and the last sample, when a parameter is first used, and the
       first sample's loss is compared with that of the sample alone. Any other arrangement (positions before samples,
-      samples that see each other) sends all parameters to the slow way: only there is a sample really alone.
+      samples that see each other) sends all parameters to the slow way, where each sample really is alone.
     """
 
     def __init__(self, params: dict[str, Tensor], fisher: dict[str, Tensor], objective: Objective) -> None:
@@ -51,7 +53,7 @@ class HookedPasses(TorchFunctionMode):
         self.first = True
 
     def add(self, model: nn.Module, batch: Batch) -> None:
-        """Add the batch's statistics for all parameters that are not slow, having decided which these are."""
+        """Add the batch's statistics for all parameters that are not slow, after deciding which are."""
         if len(self.slow) == len(self.params):
             return
         if self.first:
@@ -73,7 +75,7 @@ class HookedPasses(TorchFunctionMode):
                 self.finish(key)
 
     def run(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """The forward pass and what it shows, and trial backward passes where a parameter is used in a new way.
+        """Run the forward pass, and trial backward passes if a parameter is used in a new way.
 
         Returns:
             Losses, and the leaves of their graph.
@@ -101,9 +103,9 @@ class HookedPasses(TorchFunctionMode):
 
     @torch.no_grad()
     def independent(self, model: nn.Module, first: Batch, losses: Tensor) -> bool:
-        """Whether the first sample's losses are the same without the others, except for rounding.
+        """Whether the first sample's losses are the same without the other samples, except for rounding.
 
-        Gradients show only what samples see of each other after the first parameter with a rule.
+        Gradients only show dependence between samples after the first parameter with a rule.
         """
         own = self.objective(model(*first.args, **first.kwargs), first)[0]
         tolerance = math.sqrt(epsilon(self.params.values())) * float(losses.abs().max())
@@ -111,7 +113,7 @@ class HookedPasses(TorchFunctionMode):
 
     @staticmethod
     def backward(loss: Tensor, inputs: list[Tensor]) -> None:
-        """Run the hooks. No `.grad` is written: they are autograd.grad's, whose results nobody needs."""
+        """Run the hooks. No `.grad` is written: autograd.grad returns the gradients, which nobody needs."""
         torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
 
     # -- forward pass --
@@ -131,7 +133,7 @@ class HookedPasses(TorchFunctionMode):
         return x.detach() if self.special(x) else x
 
     def unknown(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        """Call a function that has no rule; what it takes is slow if that shows in a result."""
+        """Call a function that has no rule; its parameters are slow if they affect a result's gradient."""
         taken, aliases = set(), {}
 
         def alias(x: Any) -> Any:
@@ -154,11 +156,11 @@ class HookedPasses(TorchFunctionMode):
         return result
 
     def splits(self, rows: torch.Size) -> bool:
-        """Whether dimensions that count rows can be the samples' rows, one sample after the other."""
+        """Whether dimensions that count rows can be the samples' rows, sample by sample."""
         return math.prod(rows) > 0 and math.prod(rows) % self.size == 0
 
     def record(self, output: Tensor, row_dims: int, *uses: tuple[Tensor | None, Callable[[Tensor], Part]]) -> Tensor:
-        """Hook what makes a parameter's part to a function's output, whose first dimensions count rows."""
+        """Attach to a function's output, whose first dimensions count rows, a hook that computes a parameter's part."""
         makers = [(id(p), make) for p, make in uses if id(p) in self.params and id(p) not in self.slow]
         if not makers:
             return output
@@ -193,7 +195,7 @@ class HookedPasses(TorchFunctionMode):
                     self.finish(key)
 
     def finish(self, key: int) -> None:
-        """Add the statistics of a parameter, all of whose uses have given their parts."""
+        """Add the statistics of a parameter whose uses have all given their parts."""
         parts, fisher = self.parts.pop(key), self.fisher[key]
         if len({type(part) for part in parts}) == 1:
             part = parts[0] if len(parts) == 1 else type(parts[0]).merge(parts)

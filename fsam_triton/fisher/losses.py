@@ -1,4 +1,4 @@
-"""Losses of single samples, for models that are no classifiers."""
+"""Per-sample losses for models that are not classifiers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _IGNORED = -100
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """-log p of each sequence under a causal language model, for ``estimate_fisher(..., loss_fn=causal_lm_loss)``.
 
-    Logits at a position predict the label at the next one, as in transformers: labels are the input ids, with -100
-    where there is nothing to predict (padding, a prompt). The terms are added up, because -log p of a sequence is the
-    sum over its tokens; a mean, as training has it, would let the tokens of longer sequences count for less.
+    Logits at a position predict the label at the next position, as in transformers: labels are the input ids, with -100
+    where there is nothing to predict (padding, a prompt). The terms are summed, because -log p of a sequence is the sum
+    over its tokens; a mean, as used in training, would give the tokens of longer sequences less weight.
 
     Args:
         logits: floats [batch, length, vocabulary].
@@ -26,7 +26,7 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
         [batch], in the logits' type.
 
     Raises:
-        ArgumentError: shapes are not as described.
+        ArgumentError: the shapes are not as described.
 
     Example:
         >>> import torch

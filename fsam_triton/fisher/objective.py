@@ -1,4 +1,4 @@
-"""What is estimated of which samples, and what the ways of doing so share."""
+"""What is estimated and from which samples, and what the fast and the slow way share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..kernels.reference import compute_dtype
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples: what the model is called with, and labels."""
+    """Samples: the model's arguments, and labels."""
 
     args: tuple
     kwargs: dict[str, Any]
@@ -61,7 +61,7 @@ class Objective:
     loss_fn: Callable[[Tensor, Tensor], Tensor] | None
 
     def __call__(self, output: Any, batch: Batch) -> Tensor:
-        """[batch, 1], the losses; or [batch, classes], log-probabilities with weights that leave p after squaring."""
+        """The losses, [batch, 1]; or log-probabilities, [batch, classes], with weights that leave p after squaring."""
         logits = getattr(output, "logits", output)
         check(isinstance(logits, Tensor), "model", type(logits).__name__, "it must return logits")
         logits = logits.to(compute_dtype(logits.dtype))

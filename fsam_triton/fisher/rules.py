@@ -1,4 +1,4 @@
-"""Rules: how per-sample gradients of a parameter follow from those of the output of a function that is given it."""
+"""Rules: how a parameter's per-sample gradients follow from those of the output of a function that uses it."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _embedding(
 
 
 def _affine(normalise: Callable[[Tensor], Tensor], passes: HookedPasses, output, input, weight, bias, channels: bool):
-    """Of a normalised input; the parameters span the last dimensions, or channels, followed by others."""
+    """For a normalised input; the parameters span the last dimensions, or the channels, followed by others."""
     shape = next(p.shape for p in (weight, bias) if p is not None)
     rows = 1 if channels else input.dim() - len(shape)
 
@@ -130,7 +130,7 @@ def _batch_norm(
     momentum=0.1,
     eps=1e-5,
 ):
-    """In eval mode. With statistics of the batch, samples are not independent of each other."""
+    """In eval mode. With batch statistics, samples would depend on each other."""
     if training or passes.special(input) or not passes.splits(input.shape[:1]):
         return NotImplemented
     statistics = (running_mean, running_var)
@@ -175,7 +175,8 @@ def _conv2d(passes: HookedPasses, input, weight, bias=None, stride=1, padding=0,
 
 
 def _broadcast(func: Callable, passes: HookedPasses, *args, in_place: bool = False, **kwargs):
-    """Sums, products and expand: one copy of the parameter for each sample (in no memory of its own) gets gradients."""
+    """Sums, products and expand: one copy of the parameter per sample (which takes no memory) receives the
+    gradients."""
     if any(map(passes.special, kwargs.values())) or (in_place and passes.special(args[0])):
         return NotImplemented
     if func is torch.Tensor.expand:

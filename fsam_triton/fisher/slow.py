@@ -1,4 +1,4 @@
-"""The slow way to per-sample gradients, for any parameter: every sample alone."""
+"""The slow way to per-sample gradients, for any parameter: each sample by itself."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ELEMENTS = 1 << 26
 
 
 class SlowPasses:
-    """Per-sample gradients of any parameter: a forward and a backward pass of every sample alone.
+    """Per-sample gradients of any parameter: a forward and a backward pass for each sample by itself.
 
-    torch.func.vmap does them for several samples at once. What it cannot do (control flow that depends on data,
-    functions without a batching rule) is done one by one. It also cannot see parameters that a module holds outside of
-    the tree of modules: so it is compared with autograd on one sample before it is believed.
+    torch.func.vmap runs them for several samples at once. Models that it cannot handle (control flow that depends on
+    data, functions without a batching rule) are run one sample at a time. Because vmap cannot see parameters that a
+    module holds outside the tree of modules, its result is first compared with autograd's on one sample.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class SlowPasses:
             self.fisher[name] += total
 
     def agree(self, names: list[str], sample: Batch) -> bool:
-        """Whether vmap gives what autograd gives, except for rounding."""
+        """Whether vmap gives autograd's result, except for rounding."""
         totals, exact = self.by_vmap(names, sample), self.by_loop(names, sample)
         if totals is None:
             return False
@@ -112,7 +112,7 @@ class SlowPasses:
 
 
 class Aliases(TorchFunctionMode):
-    """Gives torch functions aliases of parameters, whose gradients come without the parameters' own hooks."""
+    """Passes aliases of parameters to torch functions, so that gradients do not trigger the parameters' own hooks."""
 
     def __init__(self, params: list[Tensor]) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""Two kinds of masks: `FisherMask` says which weights are perturbed, `FishMask` which weights are trained."""
+"""Two kinds of masks: `FisherMask` selects the weights that SAM perturbs, `FishMask` the weights that are trained."""

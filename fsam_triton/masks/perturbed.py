@@ -18,31 +18,32 @@ _UNITS = ("element", "tensor", "row", 32, 128)
 
 @dataclasses.dataclass(frozen=True)
 class FisherMask:
-    """Which weights a sharpness-aware step perturbs: those with the largest Fisher information (arXiv 2210.05497).
+    """Selects the weights that a sharpness-aware step perturbs: those with the largest Fisher information (arXiv
+    2210.05497).
 
-    All weights are trained, whatever the mask. (The other mask, `FishMask`, says which weights are trained, and an
-    optimizer takes it as ``trainable``.) It is an immutable set of options: an optimizer keeps what it has chosen, and
-    shows it by `FSAM.mask_of` and `FSAM.mask_density`.
+    All weights are trained, whatever the mask. (The other mask, `FishMask`, selects the weights that are trained; an
+    optimizer takes it as ``trainable``.) A `FisherMask` is an immutable set of options: the optimizer keeps the
+    selection, and shows it with `FSAM.mask_of` and `FSAM.mask_density`.
 
-    The mask is chosen over all selectable tensors together: exactly ``int(keep_ratio * n)`` of their n weights, those
-    with the largest mean square of the ascent gradient, of equal ones the first. Units of many weights are taken in the
-    order of their weights' mean score as long as they keep within that number; the first that does not ends the mask.
+    The weights are selected over all selectable tensors together: exactly ``int(keep_ratio * n)`` of their n weights,
+    those with the largest mean square of the ascent gradient; of equal values, the first. Units of several weights are
+    taken in the order of their weights' mean score until the next unit would exceed that number.
 
     Args:
         keep_ratio: fraction of the selectable weights to perturb, in (0, 1].
-        interval: choose again every so many perturbations, beginning with the first; >= 1 (default: 1).
-        exclude: tensors not to choose from, by parts of their names (case is ignored). Default: tensors of at most one
-            dimension (biases, norm layers) and, if the optimizer was given names, embeddings. With names of your own a
-            bias in front of BatchNorm, whose gradient is zero except for rounding errors, is chosen from too; it comes
-            before exact zeros only.
-        excluded: perturb those tensors ``"always"``, as the reference implementation does, or ``"never"`` (default:
-            ``"always"``).
-        samples: average the squares over the last so many perturbations, from 1 to interval (the first mask knows only
-            one). More than one takes one more buffer while they are added up (default: 1).
-        unit: what is chosen as a whole: ``"element"`` (a weight), ``"tensor"``, ``"row"`` (an index of the tensor's
-            first dimension), or 32 or 128 (that many weights that are neighbours in memory; a tensor's last may be
-            shorter) (default: ``"element"``).
-        scores: ``"fisher"``, or ``"random"`` to choose as many at random, as a control (default: ``"fisher"``).
+        interval: select again after this many perturbations, beginning with the first; >= 1 (default: 1).
+        exclude: tensors not to select from, given by parts of their names (case is ignored). Default: tensors of at
+            most one dimension (biases, norm layers) and, if the optimizer was given names, embeddings. If you pass
+            names of your own, a bias in front of BatchNorm, whose gradient is zero except for rounding errors, can be
+            selected too; it ranks only before exact zeros.
+        excluded: perturb the excluded tensors ``"always"``, as the reference implementation does, or ``"never"``
+            (default: ``"always"``).
+        samples: average the squares over this many of the last perturbations, from 1 to interval (the first mask has
+            only one). More than one takes another buffer while they are summed (default: 1).
+        unit: the weights that are selected as a whole: ``"element"`` (a weight), ``"tensor"``, ``"row"`` (an index of
+            the tensor's first dimension), or 32 or 128 (that many neighbouring weights in memory; a tensor's last unit
+            may be shorter) (default: ``"element"``).
+        scores: ``"fisher"``, or ``"random"`` to select as many weights at random, as a control (default: ``"fisher"``).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -78,7 +79,7 @@ class FisherMask:
         check(self.scores in ("fisher", "random"), "scores", self.scores, 'must be "fisher" or "random"')
 
     def selects_from(self, name: str | None, p: Tensor) -> bool:
-        """Whether the mask chooses among the weights of a parameter (otherwise it is excluded)."""
+        """Whether the mask selects from the weights of a parameter (otherwise the parameter is excluded)."""
         if self.exclude is None:
             # A norm layer in a Sequential has no telling name.
             return p.dim() > 1 and not (name and any(part in name.lower() for part in DEFAULT_EXCLUDE))
@@ -87,13 +88,13 @@ class FisherMask:
         return not any(part.lower() in name.lower() for part in self.exclude) if needs_name else True
 
     def count(self, selectable: Sequence[torch.Size]) -> int:
-        """How many weights the mask may keep.
+        """The number of weights that the mask may keep.
 
         Args:
             selectable: the shapes of the selectable parameters.
 
         Raises:
-            ValueError: fewer than the largest unit has, so that nothing might be chosen.
+            ValueError: it is less than the size of the largest unit, so that nothing might be selected.
         """
         total = sum(map(math.prod, selectable))
         largest = max([1, *map(self._largest_unit, selectable)])

@@ -1,4 +1,4 @@
-"""The exact choice of the weights, or units of weights, with the highest scores, over all lanes together."""
+"""The exact selection of the weights, or units of weights, with the highest scores, over all lanes together."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ def choose(
     *,
     squared: bool = False,
 ) -> None:
-    """Write the masks of the selectable parameters: the units of the highest scores, at most k weights.
+    """Write the masks of the selectable parameters: the units with the highest scores, at most k weights.
 
-    Single weights are exactly k. The score of a unit is the mean over its weights (a sum would favour large units),
-    added up in fp64 on the weights' device. Nothing waits for a device.
+    With single weights, exactly k are selected. A unit's score is the mean over its weights (a sum would favour large
+    units), summed in fp64 on the weights' device. Nothing waits for a device.
 
     Args:
-        mask: what the units and scores are.
+        mask: says what the units and scores are.
         selectable: whose masks are written.
-        scores: flat floats in the layout of each lanes, zeros where nothing is chosen: gradients, whose squares are the
-            scores, or the scores. A unit with a NaN counts as zero. Not read, and may be None, if scores are random.
-        k: how many weights, from 1 (or the size of the largest unit) to the number of selectable weights.
-        key: any integer; makes the random scores, the same on every device.
+        scores: flat floats in the layout of each lanes, with zeros where nothing is selected: gradients, whose squares
+            are the scores, or the scores themselves. A unit with a NaN counts as zero. Not read, and may be None, if
+            scores are random.
+        k: number of weights, from 1 (or the size of the largest unit) to the number of selectable weights.
+        key: any integer; determines the random scores, which are the same on every device.
         squared: whether `scores` are the scores, >= 0.
     """
     # Through Python's generator, because neighbouring keys of `random_bits` give similar numbers.
@@ -70,7 +71,7 @@ def _random_scores(selectable: Selectable, key: int) -> list[Tensor]:
 
 
 def _random(n: int, device: torch.device, key: int, start: int) -> Tensor:
-    """Integers in [0, 2**24) as fp32 [n], the ones from `start` on of the key's sequence."""
+    """Integers in [0, 2**24) as fp32 [n], taken from the key's sequence from `start` on."""
     first = key_at(torch.full((), key, dtype=torch.int64, device=device), start)
     return ((random_bits(torch.empty(n, device="meta"), first) >> 8) + (1 << 23)).float()
 
@@ -107,7 +108,7 @@ def _choose_units(
 
 
 def _units(part: Tensor, shape: torch.Size, strides: tuple[int, ...], unit: str | int) -> list[Tensor]:
-    """A parameter's part of a lane as views whose first index counts its units, in their order."""
+    """A parameter's part of a lane as views whose first index counts its units, in order."""
     n = part.numel()
     if unit == "row" and shape and n:
         return [part.as_strided(shape, strides)]
@@ -130,11 +131,11 @@ def _sums(units: Tensor, squared: bool) -> Tensor:
 def kth_largest(parts: Sequence[tuple[Lanes | None, Tensor]], k: int) -> tuple[Tensor, Tensor, bool]:
     """The k-th largest magnitude of flat floats by a radix select: each pass counts keys by one more digit.
 
-    Nothing is sorted and no index is stored. Zeros in gaps do no harm: they are the smallest.
+    Nothing is sorted and no index is stored. Zeros in gaps do no harm, because they are the smallest.
 
     Returns:
-        Its key (see `kernels.reference.magnitude_key`) and how many of the same key are among the k, int64 scalars on
-        the first tensor's device; and whether keys are of fp64.
+        Its key (see `kernels.reference.magnitude_key`) and how many weights with the same key are among the k, int64
+        scalars on the first tensor's device; and whether keys are of fp64.
     """
     home = parts[0][1].device
     wide = any(values.dtype == torch.float64 for _, values in parts)
@@ -158,12 +159,13 @@ def kth_largest(parts: Sequence[tuple[Lanes | None, Tensor]], k: int) -> tuple[T
 
 
 def select_top_k(selectable: Selectable, scores: Sequence[Tensor], k: int) -> None:
-    """Write the masks of the selectable parameters: the k largest magnitudes over all of them, of equal ones the first.
+    """Write the masks of the selectable parameters: the k largest magnitudes over all of them; of equal ones, the
+    first.
 
     Args:
         selectable: whose masks are written.
         scores: flat floats in the layout of each lanes; their magnitudes are compared exactly.
-        k: how many, from 1 to the number of selectable weights, those of other shards included.
+        k: number of weights, from 1 to the number of selectable weights, including those of other shards.
     """
     parts = [(lanes, values) for (lanes, _), values in zip(selectable, scores, strict=True)]
     threshold, quota, wide = kth_largest(parts, k)
@@ -183,7 +185,7 @@ def select_top_k(selectable: Selectable, scores: Sequence[Tensor], k: int) -> No
 def _write_shards(
     lanes: Lanes, numbers: Sequence[int], values: Tensor, limit: Tensor, quota: Tensor, wide: bool
 ) -> Tensor:
-    """Write the masks of shards: of ties those of lower parameters come first, then those of lower shards.
+    """Write the masks of shards: among ties, lower parameters come first, then lower shards.
 
     Returns:
         The quota that is left.
@@ -205,17 +207,17 @@ def _write_shards(
 
 
 def tensors_chosen(lanes: Sequence[Lanes]) -> list[list[bool]]:
-    """Per lanes and parameter, whether the mask chose any of its weights; it waits for the device, once."""
+    """Per lanes and parameter, whether the mask selects any of its weights; waits for the device, once."""
     return _of_each_tensor(lanes, Tensor.any)
 
 
 def weights_chosen(lanes: Sequence[Lanes]) -> list[list[int]]:
-    """Per lanes and parameter, how many of its weights the mask chose; it waits for the device, once."""
+    """Per lanes and parameter, how many of its weights the mask selects; waits for the device, once."""
     return _of_each_tensor(lanes, _count_ones)
 
 
 def _of_each_tensor(all_lanes: Sequence[Lanes], measure: Callable[[Tensor], Tensor]) -> list[list[Any]]:
-    """A scalar made of each parameter's words of the mask, by lanes, read from the device in one go."""
+    """A scalar computed from each parameter's words of the mask, by lanes, read from the device in one go."""
     rows = []
     for lanes in all_lanes:
         words = lanes.lane("mask", torch.int32)

@@ -1,4 +1,4 @@
-"""FishMask: which weights sparse training trains, and the file that keeps them."""
+"""FishMask: which weights sparse training trains, and the file that stores them."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _PIECE = 1 << 15
 
 
 class FishMask:
-    """Which weights are trained while all others stay as they are (FISH Mask, arXiv 2111.09839).
+    """Selects the weights that are trained, while all others stay as they are (FISH Mask, arXiv 2111.09839).
 
-    An optimizer takes it as ``trainable``. (The other mask, `FisherMask`, says which weights SAM perturbs, and all are
-    trained.)
+    An optimizer takes it as ``trainable``. (The other mask, `FisherMask`, selects the weights that SAM perturbs; all
+    weights are then trained.)
 
-    Made by one of `from_scores`, `random`, `bias_only`, `magnitude`, `deviation` and `load`, or from indices. A mask
-    never changes. It lives on the CPU, wherever the model is. `|`, `&` and `-` make masks of masks over the same
-    parameters, `==` compares them.
+    Create one with `from_scores`, `random`, `bias_only`, `magnitude`, `deviation` or `load`, or from indices. A mask
+    never changes. It is stored on the CPU, wherever the model is. `|`, `&` and `-` combine masks over the same
+    parameters, and `==` compares them.
 
     Args:
-        indices: for a parameter's name the positions of its selected weights, integers [selected] in ascending order:
-            0 is the first weight in row-major order of the parameter's shape, whatever its strides. A name may be
-            left out if none of its weights is selected.
-        shapes: the shapes of all parameters that could have been selected from, by name.
+        indices: by parameter name, the positions of its selected weights, integers [selected] in ascending order: 0 is
+            the first weight in row-major order of the parameter's shape, whatever its strides. A name may be left out
+            if none of its weights is selected.
+        shapes: by name, the shapes of all parameters from which weights could have been selected.
 
     Raises:
         ValueError: a name without a shape; indices that are not ascending integers within their shape.
@@ -67,20 +67,20 @@ class FishMask:
     def from_scores(
         cls, scores: Mapping[str, Tensor], keep_ratio: float, always_trainable: Sequence[str] = ()
     ) -> FishMask:
-        """Select exactly ``int(keep_ratio * n)`` of n weights: those of the highest scores, of equal ones the first.
+        """Select exactly ``int(keep_ratio * n)`` of n weights: those with the highest scores; of equal ones, the first.
 
-        A radix select: it makes one bit a weight, but neither sorts nor copies the scores.
+        This is a radix select: it makes one bit per weight, and neither sorts nor copies the scores.
 
         Args:
-            scores: floats >= 0 in the parameters' shapes by name, such as their diagonal Fisher information
-                (arXiv 2111.09839, eq. 4). The first are those of the first name.
+            scores: by name, floats >= 0 in the parameters' shapes, such as their diagonal Fisher information (arXiv
+                2111.09839, eq. 4). The order of the names decides between equal scores.
             keep_ratio: fraction of the weights to select, in (0, 1].
-            always_trainable: select parameters whose names have one of these parts (case is ignored) as a whole, such
-                as a new classifier. They count; what they leave goes to the others (default: none).
+            always_trainable: select parameters as a whole if their names contain one of these parts (case is ignored),
+                such as a new classifier. They count towards the total; the others share what is left (default: none).
 
         Raises:
-            ValueError: an argument is out of its range, scores that are negative or NaN among them; or the fraction is
-                too small to select anything, or to select `always_trainable`.
+            ValueError: an argument is out of its range, or a score is negative or NaN; or the fraction is too small to
+                select anything, or to select `always_trainable`.
 
         Example:
             >>> scores = {"encoder.weight": torch.tensor([1.0, 3.0, 2.0, 0.0]), "classifier.bias": torch.zeros(1)}
@@ -95,12 +95,12 @@ class FishMask:
 
     @classmethod
     def random(cls, model: Module, keep_ratio: float, seed: int = 0, always_trainable: Sequence[str] = ()) -> FishMask:
-        """Select as many weights as `from_scores`, at random: a control.
+        """Select as many weights as `from_scores`, at random, as a control.
 
         Args:
             model: a model; its parameters with `requires_grad` count.
             keep_ratio, always_trainable: as for `from_scores`.
-            seed: makes the mask, together with the parameters' shapes and order (default: 0).
+            seed: determines the mask, together with the parameters' shapes and order (default: 0).
         """
         generator = torch.Generator().manual_seed(seed)
         scores = {name: torch.rand(p.shape, generator=generator) for name, p in _trainable(model).items()}
@@ -112,7 +112,8 @@ class FishMask:
 
         Args:
             model: a model; its parameters with `requires_grad` count.
-            always_trainable: parts of names of parameters to select as well (case is ignored; default: none).
+            always_trainable: also select parameters whose names contain one of these parts (case is ignored; default:
+                none).
 
         Raises:
             ValueError: there is nothing to select.
@@ -128,7 +129,7 @@ class FishMask:
 
     @classmethod
     def magnitude(cls, model: Module, keep_ratio: float, always_trainable: Sequence[str] = ()) -> FishMask:
-        """Select as many weights as `from_scores`: those of the largest magnitude. NaN counts as zero.
+        """Select as many weights as `from_scores`: those with the largest magnitude. NaN counts as zero.
 
         Args:
             model: a model; its parameters with `requires_grad` count.
@@ -145,11 +146,11 @@ class FishMask:
         keep_ratio: float,
         always_trainable: Sequence[str] = (),
     ) -> FishMask:
-        """Select as many weights as `from_scores`: those furthest from another model's. NaN counts as zero.
+        """Select as many weights as `from_scores`: those that differ most from another model's. NaN counts as zero.
 
         Args:
             model: a model; its parameters with `requires_grad` count.
-            other: a model or a state dict, in any dtype; it need not have what is always trainable.
+            other: a model or a state dict, in any dtype; it need not contain the parameters in `always_trainable`.
             keep_ratio, always_trainable: as for `from_scores`.
 
         Raises:
@@ -171,7 +172,7 @@ class FishMask:
 
     @classmethod
     def _of_largest(cls, values: Mapping[str, Tensor], keep_ratio: float, always_trainable: Sequence[str]) -> FishMask:
-        """Select the largest magnitudes; `values` are the scores or have them as magnitudes."""
+        """Select the largest magnitudes; `values` are the scores, or their magnitudes are."""
         check(0 < keep_ratio <= 1, "keep_ratio", keep_ratio, "must be in (0, 1]")
         whole = _matching(values, always_trainable)
         total, fixed = sum(v.numel() for v in values.values()), sum(values[name].numel() for name in whole)
@@ -192,22 +193,22 @@ class FishMask:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """The shapes of all parameters by name, also of those without a selected weight."""
+        """The shapes of all parameters by name, including those without a selected weight."""
         return dict(self._shapes)
 
     @property
     def count(self) -> int:
-        """How many weights are selected."""
+        """The number of selected weights."""
         return sum(map(len, self._indices.values()))
 
     @property
     def total(self) -> int:
-        """How many weights there are."""
+        """The number of weights of all parameters."""
         return sum(shape.numel() for shape in self._shapes.values())
 
     @property
     def density(self) -> float:
-        """The fraction of the weights that is selected."""
+        """The fraction of all weights that is selected."""
         return self.count / max(self.total, 1)
 
     def density_by_tensor(self) -> dict[str, float]:
@@ -262,12 +263,14 @@ class FishMask:
         )
 
     def overlap(self, other: FishMask) -> float:
-        """How much two masks have in common: selected by both over selected by either (Jaccard); 1 if none is."""
+        """The overlap of two masks: weights selected by both over weights selected by either (Jaccard); 1 if none
+        is."""
         either = (self | other).count
         return (self & other).count / either if either else 1.0
 
     def split(self, n: int) -> list[FishMask]:
-        """Deal the selected weights of all tensors out to n masks: mask i gets every n-th, from the i-th on.
+        """Divide the selected weights of all tensors among n masks: mask i gets every n-th weight, starting with the
+        i-th.
 
         Raises:
             ValueError: n < 1.
@@ -290,7 +293,7 @@ class FishMask:
         return f"FishMask({self.count:,} of {self.total:,} weights)"
 
     def table(self) -> str:
-        """Lines of text: for each parameter and for all its weights, how many are selected, and the density."""
+        """Text with a line for each parameter and one for all weights: how many are selected, and the density."""
         rows = [(name, self._shapes[name].numel(), len(own)) for name, own in self._indices.items()]
         rows.append(("all", self.total, self.count))
         width = max(len("parameter"), *(len(name) for name, *_ in rows))
@@ -299,7 +302,7 @@ class FishMask:
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the density of each parameter into an image, as `fsam_triton.analysis.plot_mask_density`."""
+        """Draw the density of each parameter into an image, as `fsam_triton.analysis.plot_mask_density` does."""
         from ..analysis import plot_mask_density
 
         plot_mask_density(self.density_by_tensor(), path, title=f"{self.density:.3%} of the weights")
@@ -310,10 +313,10 @@ class FishMask:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FishMask:
-        """Read what `save` has written.
+        """Read a file written by `save`.
 
         Raises:
-            ValueError: the file is not of that kind, of another version, truncated or damaged.
+            ValueError: the file is of another kind or version, truncated or damaged.
         """
         return decode_mask(*read_file(path, "FishMask"))
 
@@ -335,7 +338,8 @@ def _positions(words: Tensor) -> Tensor:
 
 
 def encode_mask(mask: FishMask) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A mask as tensors and JSON: the gaps between indices, in the smallest type; nothing of what is selected whole."""
+    """A mask as tensors and JSON: the gaps between indices, in the smallest type; none for tensors selected as a
+    whole."""
     shapes = mask.shapes
     indices = {name: own for name, own in mask._indices.items() if len(own)}
     whole = [name for name, own in indices.items() if len(own) == shapes[name].numel()]
@@ -356,7 +360,7 @@ def decode_mask(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> FishM
 
 
 def _gaps(indices: Tensor) -> Tensor:
-    """How many weights lie between neighbouring indices; a gap of q * escape + r is q times the escape, then r."""
+    """The number of weights between neighbouring indices; a gap of q * escape + r is q times the escape, then r."""
     gaps = indices.long().diff(prepend=torch.tensor([-1])) - 1
     size = {dtype: dtype.itemsize * (len(gaps) + int((gaps // escape).sum())) for dtype, escape in _CODES.items()}
     dtype = min(size, key=size.get)
