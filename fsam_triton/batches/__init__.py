@@ -1,1 +1,1 @@
-"""What goes into a model: choosing samples of a batch, mixing texts."""
+"""The input of a model: choosing samples of a batch, mixing texts."""

@@ -20,17 +20,18 @@ from ..errors import check
 class Mixup:
     """When and how rows are mixed: row i becomes ``lam * row i + (1 - lam) * row j``, with j from a permutation.
 
-    Lambda and permutation are drawn for each step from `seed` and its number: a resumed training finds the same ones.
+    Lambda and permutation are drawn for each step from `seed` and the step number, so resumed training draws the same
+    ones.
 
     Args:
-        total_steps: steps of the training, >= 1.
+        total_steps: number of training steps, >= 1.
         alpha: draw lambda from Beta(alpha, alpha), > 0 (default: None, lambda is `lam`).
-        lam: the same lambda for all steps, in [0, 1]; not together with alpha (default: None, 0.5).
+        lam: a fixed lambda for all steps, in [0, 1]; not together with alpha (default: None, 0.5).
         where: ``"pooled"``, the input of the classifier, as in Mixup-Transformer (arXiv 2010.02394), or
             ``"embeddings"``, the input of the first layer, as in wordMixup (arXiv 1905.08941) (default: ``"pooled"``).
-        start: part of the training before the first mixed step, in [0, 1]; Mixup-Transformer mixes in the second half
-            (default: 0.5).
-        seed: of the draws (default: 0).
+        start: fraction of the training before the first mixed step, in [0, 1]; Mixup-Transformer mixes in the second
+            half (default: 0.5).
+        seed: seed of the draws (default: 0).
 
     Raises:
         ValueError: an argument is out of its range, or both alpha and lam are given.
@@ -73,7 +74,7 @@ class Mixup:
         check(0 <= self.start <= 1, "start", self.start, "must be in [0, 1]")
 
     def draw(self, batch_size: int, step: int) -> MixupDraw:
-        """What is mixed in a step, for all its passes.
+        """Draw what is mixed in a step, for all its passes.
 
         Args:
             batch_size: rows of the batch.
@@ -95,11 +96,11 @@ class Mixup:
 
 @dataclass(frozen=True, eq=False)
 class MixupDraw:
-    """Lambda and permutation of one step, made by `Mixup.draw`; without a permutation nothing is mixed.
+    """Lambda and permutation of one step, made by `Mixup.draw`; without a permutation, nothing is mixed.
 
     Attributes:
         lam: weight of the row itself, in [0, 1].
-        permutation: int64 [batch], the row that each row is mixed with, or None.
+        permutation: int64 [batch], the row with which each row is mixed, or None.
         where: ``"pooled"`` or ``"embeddings"``.
     """
 
@@ -109,22 +110,22 @@ class MixupDraw:
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Mix in the forward passes inside the block; backward passes may come after it.
+        """Mix in the forward passes inside the block; backward passes may follow after it.
 
-        With ``"embeddings"`` what the model's module `embeddings` returns is mixed (words, positions and types), or
-        the word embeddings where there is no such module (GPT-2). Each row attends to every position that is a token
-        of it or of its partner: `attention_mask` becomes the larger of the two.
+        With ``"embeddings"``, the output of the model's module `embeddings` is mixed (words, positions and types), or
+        the word embeddings if there is no such module (GPT-2). Each row attends to every position that is a token in
+        the row itself or in its partner: `attention_mask` becomes the larger of the two.
 
-        With ``"pooled"`` the input of `classifier` is mixed (BERT, DistilBERT, DeBERTa: the pooled output; RoBERTa: the
-        last hidden states, of which its head takes the first). Where the classifier is `score` (GPT-2, Llama), which is
-        linear and applied before the last token is looked up, the logits are mixed: that is the same.
+        With ``"pooled"``, the input of `classifier` is mixed (BERT, DistilBERT, DeBERTa: the pooled output; RoBERTa:
+        the last hidden states, of which its head takes the first). If the classifier is `score` (GPT-2, Llama), which
+        is linear and applied before the last token is looked up, the logits are mixed, which is equivalent.
 
         Args:
-            model: a sequence classifier of transformers, not wrapped (``ddp.module``), which is called with keyword
-                arguments. Without ``labels``, whose loss would not be the mixed one: see `loss`.
+            model: a transformers sequence classifier, not wrapped (``ddp.module``), that is called with keyword
+                arguments. Call it without ``labels``, whose loss would not be the mixed loss: see `loss`.
 
         Raises:
-            ValueError: the model has no such module; or, in its forward pass, a batch of another size.
+            ValueError: the model has no such module; or, in its forward pass, a batch has another size.
         """
         handles = [] if self.permutation is None else self._hooks(model)
         try:
@@ -170,8 +171,8 @@ class MixupDraw:
 
         Args:
             logits: [batch, classes].
-            labels: int64 [batch], numbers of classes.
-            label_smoothing: as that of `torch.nn.functional.cross_entropy`, in [0, 1] (default: 0.0).
+            labels: int64 [batch], class numbers.
+            label_smoothing: as in `torch.nn.functional.cross_entropy`, in [0, 1] (default: 0.0).
 
         Returns:
             The mean over the batch, a scalar.

@@ -1,4 +1,4 @@
-"""Parts of a batch: its first samples, or ESAM's choice of those whose loss the perturbation raised most."""
+"""Parts of a batch: its first samples, or ESAM's choice of those whose loss the perturbation raises most."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from ..errors import check
 def select_samples(batch: Any, before: Tensor, after: Tensor, gamma: float) -> Any:
     """Sharpness-sensitive data selection (ESAM, arXiv 2110.03141, section 3.2): a batch's most sensitive samples.
 
-    Keeps the ``max(1, int(gamma * n))`` of n samples whose loss rose most from `before` to `after`, of equal ones the
-    first, in the order they have in the batch. A rise that is not finite (an overflow, say) counts as the smallest: its
-    sample comes in only when there are no others, lest it spoil the second pass.
+    Keeps the ``max(1, int(gamma * n))`` of n samples whose loss rose most from `before` to `after` (of equal ones, the
+    first), in the order in which they are in the batch. A rise that is not finite (an overflow, for example) counts as
+    the smallest: its sample is kept only if there are no others, so that it does not spoil the second pass.
 
     Tensors (on any device) and lists whose first dimension is n are reduced, in dicts and other mappings, lists, tuples
-    and dataclasses, however nested; everything else is passed on as it is. If all the tensors that a list of n holds
-    have n as their first dimension, it is taken for a list of inputs, otherwise for one of samples. A reduced
-    BatchEncoding has no tokenizer's encodings. Nothing waits for the GPU if batch and losses are there, unless there is
-    a list to reduce.
+    and dataclasses, at any depth of nesting; everything else is passed on unchanged. If all tensors in a list of length
+    n have n as their first dimension, the list is treated as a list of inputs, otherwise as a list of samples. A
+    reduced BatchEncoding does not have the tokenizer's encodings. Nothing waits for the GPU if batch and losses are
+    there, unless there is a list to reduce.
 
     Args:
-        batch: what the model is called with, any nesting. It is not changed.
-        before: losses of the samples at the weights, [n], n >= 1.
-        after: losses of the samples at the perturbed weights, [n].
-        gamma: fraction to keep, in (0, 1].
+        batch: the model's input, any nesting. It is not changed.
+        before: per-sample losses at the weights, [n], n >= 1.
+        after: per-sample losses at the perturbed weights, [n].
+        gamma: fraction of the samples to keep, in (0, 1].
 
     Returns:
         A batch of the same types; the same object if all samples are kept (gamma = 1).
@@ -84,15 +84,15 @@ def first_samples(batch: Any, fraction: float) -> Any:
     """The first samples of a batch, at least one.
 
     Args:
-        batch: what the model is called with, any nesting that `select_samples` takes; n is the first dimension of the
-            first tensor in it. It is not changed.
+        batch: the model's input, any nesting that `select_samples` takes; n is the first dimension of the first tensor
+            in it. It is not changed.
         fraction: in (0, 1]; ``ceil(fraction * n)`` samples are taken.
 
     Returns:
-        A batch of the same types, whose tensors are views; the same object if these are all samples.
+        A batch of the same types, whose tensors are views; the same object if all samples are taken.
 
     Raises:
-        ArgumentError: there is no tensor with a dimension in the batch.
+        ArgumentError: the batch contains no tensor with a dimension.
 
     Example:
         >>> import torch
@@ -130,7 +130,7 @@ def _largest_rises(before: Tensor, after: Tensor, k: int) -> Tensor:
 
 
 def _reduce(value: Any, n: int, reduced: Callable[[Any], Any]) -> Any:
-    """`value` with everything of length n in it reduced; the same object if there is nothing."""
+    """`value` with everything of length n in it reduced; the same object if there is nothing to reduce."""
     if isinstance(value, Tensor):
         return reduced(value) if value.dim() > 0 and value.shape[0] == n else value
     if isinstance(value, list) and len(value) == n and not _is_list_of_inputs(value, n):
@@ -153,7 +153,7 @@ def _is_list_of_inputs(value: list, n: int) -> bool:
 
 
 def _with(value: Any, parts: dict[Any, Any], changed: dict[Any, Any]) -> Any:
-    """A container of the kind of `value` with these parts, of which some have changed."""
+    """A container of the same kind as `value` with these parts, some of which have changed."""
     if isinstance(value, tuple):
         return type(value)(*parts.values()) if hasattr(value, "_fields") else type(value)(parts.values())
     if isinstance(value, Mapping) and not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Small checkpoints: the weights that a FishMask has selected, to be put into the model they were trained from."""
+"""Small checkpoints: the weights that a FishMask selects, to be put into the model from which they were trained."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _PIECE = 1 << 20
 
 
 class DeltaError(ValueError):
-    """A delta that is damaged, or belongs to another model."""
+    """A delta is damaged, or belongs to another model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Delta:
-    """What a file holds.
+    """The content of a file.
 
     Args:
-        mask: which weights are in it.
-        base: the fingerprint of the model they are for; see `_fingerprint`.
-        values: the selected weights [selected], by parameter name, where there are any.
+        mask: which weights the file contains.
+        base: the fingerprint of the model that they belong to; see `_fingerprint`.
+        values: by parameter name, the selected weights [selected], where there are any.
         buffers: the model's buffers by name.
     """
 
@@ -78,21 +78,21 @@ class _Delta:
 def save_delta(model: Module, mask: FishMask, path: str | os.PathLike[str], base: Module | None = None) -> None:
     """Write the selected weights of a trained model, and all of its buffers, as a small file.
 
-    The weights are stored as they are, not as differences, so that applying them gives the trained model to the bit.
-    The model they were trained from is known by a fingerprint: names, shapes and dtypes of its parameters, and for each
-    of them the SHA-256 of its weights with the selected ones as zeros. Training leaves the others alone (to the bit:
-    adding 0 to -0.0 does not), so the trained model has its base's fingerprint, and what the base has in the selected
-    places makes no difference: a new classifier that is selected whole may start from any random numbers. Buffers
-    (BatchNorm statistics) are no part of it.
+    The weights are stored as they are, not as differences, so that applying them gives exactly the trained model. The
+    model from which they were trained is identified by a fingerprint: names, shapes and dtypes of its parameters, and
+    for each of them the SHA-256 of its weights with the selected weights as zeros. Training leaves the other weights
+    alone (to the bit; adding 0 would change -0.0), so the trained model has its base's fingerprint. The base's values
+    of the selected weights make no difference: a new classifier that is selected as a whole may start from any random
+    numbers. Buffers (BatchNorm statistics) are not part of the fingerprint.
 
-    The file is a safetensors file, written whole or not at all. At a density of 0.5 % it takes 0.7 % of what the fp32
-    model would. A checksum finds damage; it is no signature against forgery.
+    The file is a safetensors file, written whole or not at all. At a density of 0.5 % it takes 0.7 % of the size of the
+    fp32 model. A checksum detects damage; it is not a signature against forgery.
 
     Args:
-        model: the trained model. Of weights that an optimizer keeps perturbed between steps, the clean ones are saved.
-        mask: which weights were trained. Parameters that it does not know count as not selected.
-        path: where to.
-        base: the model it was trained from, to make sure that only selected weights have changed (default: trust that).
+        model: the trained model. If an optimizer keeps weights perturbed between steps, the clean weights are saved.
+        mask: which weights were trained. Parameters that are not in the mask count as not selected.
+        path: the file to write.
+        base: the model from which it was trained, to check that only selected weights have changed (default: no check).
 
     Raises:
         ValueError: the mask does not fit the model.
@@ -126,20 +126,20 @@ def save_delta(model: Module, mask: FishMask, path: str | os.PathLike[str], base
 
 
 def apply_delta(base_model: Module, path: str | os.PathLike[str]) -> FishMask:
-    """Put what `save_delta` has written into the model that it was trained from, in place.
+    """Put a delta written by `save_delta` into the model from which it was trained, in place.
 
     Everything is verified before the first weight is written.
 
     Args:
-        base_model: a model with the base's weights; those that will be overwritten may have any values.
+        base_model: a model with the base's weights; the weights that will be overwritten may have any values.
         path: the file.
 
     Returns:
         The mask.
 
     Raises:
-        DeltaError: the file is not a delta, of another version, truncated or damaged, or the model is not its base: it
-            says which parameter differs. The model is as it was then.
+        DeltaError: the file is not a delta, is of another version, truncated or damaged, or the model is not its base;
+            the message names the parameter that differs. The model is then unchanged.
     """
     delta = _Delta.read(path)
     _check_base(delta, base_model, f"{path} is not for this model")
@@ -160,19 +160,20 @@ def apply_delta(base_model: Module, path: str | os.PathLike[str]) -> FishMask:
 def merge_deltas(
     paths: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str], base: Module, how: str = "mean"
 ) -> FishMask:
-    """Make one delta of several that were trained from the same model.
+    """Merge several deltas that were trained from the same model into one.
 
-    A weight that only some of them have trained is the mean or sum over *those*: one that has not trained a weight has
-    no vote for its old value, as in TIES-Merging (arXiv 2306.01708). So the parts of a `FishMask.split` come together
-    undiminished either way, and deltas with the same mask give the mean model. It is computed in fp64 and rounded once.
-    Buffers of floats are always averaged; of other ones (counters) those of the first delta are taken.
+    A weight that only some of the deltas have trained becomes the mean or sum over *those*: a delta that has not
+    trained a weight has no vote for its old value, as in TIES-Merging (arXiv 2306.01708). The parts of a
+    `FishMask.split` are therefore combined undiminished either way, and deltas with the same mask give the mean model.
+    The result is computed in fp64 and rounded once. Floating-point buffers are always averaged; other buffers
+    (counters) are those of the first delta.
 
     Args:
         paths: the deltas, at least one.
-        path: where to; may be one of them.
-        base: the model that all were trained from; it is not changed.
+        path: the file to write; may be one of them.
+        base: the model from which all were trained; it is not changed.
         how: ``"mean"`` of the trained weights, or ``"sum"``: the old weight plus the sum of all changes (task
-            arithmetic, arXiv 2212.04089). The sum needs the very values that training started from, also of a new
+            arithmetic, arXiv 2212.04089). The sum needs the exact values from which training started, even for a new
             classifier; the mean does not (default: ``"mean"``).
 
     Returns:
@@ -210,16 +211,17 @@ def merge_deltas(
 
 
 def save_pretrained(model: Module, mask: FishMask, adapter_dir: str | os.PathLike[str]) -> None:
-    """Write the delta of a transformers model, and what `from_pretrained` needs to make the model again.
+    """Write the delta of a transformers model, and the configuration with which `from_pretrained` rebuilds the model.
 
-    `fsam_delta.safetensors` is `save_delta`'s; `fsam_delta_config.json` has the base model's name or path, the model's
-    class, dtype and configuration (labels included), the density of the mask and the versions of the packages. Each
-    file takes its name only once both are complete.
+    `fsam_delta.safetensors` is the file of `save_delta`; `fsam_delta_config.json` has the base model's name or path,
+    the model's class, dtype and configuration (including labels), the density of the mask and the versions of the
+    packages. The files get their names only once both are complete.
 
     Args:
         model: a trained `transformers.PreTrainedModel`.
-        mask: which weights were trained. New ones, as a classifier's, must all be: see `always_trainable`.
-        adapter_dir: a folder; made if need be.
+        mask: which weights were trained. New weights, such as a classifier's, must all be selected: see
+            `always_trainable`.
+        adapter_dir: a folder; created if necessary.
 
     Raises:
         ValueError: the mask does not fit the model.
@@ -255,18 +257,19 @@ def save_pretrained(model: Module, mask: FishMask, adapter_dir: str | os.PathLik
 def from_pretrained(
     base_or_path: Module | str | os.PathLike[str] | None, adapter_dir: str | os.PathLike[str]
 ) -> Module:
-    """Make the transformers model that `save_pretrained` was given.
+    """Rebuild the transformers model that was saved by `save_pretrained`.
 
     Args:
-        base_or_path: the base model as a folder or hub name; None for the one it was trained from; or as a model of the
-            right class and number of labels, which is changed in place.
-        adapter_dir: the folder that `save_pretrained` has written.
+        base_or_path: the base model as a folder or hub name; None for the model from which it was trained; or as a
+            model of the right class and number of labels, which is changed in place.
+        adapter_dir: the folder written by `save_pretrained`.
 
     Returns:
-        The model, in evaluation mode unless it was given.
+        The model, in evaluation mode unless it was passed in.
 
     Raises:
-        DeltaError: as for `apply_delta`; or the two files do not belong together, or need another transformers.
+        DeltaError: as for `apply_delta`; or the two files do not belong together, or need another version of
+            transformers.
     """
     import transformers
 
@@ -301,20 +304,20 @@ def from_pretrained(
 
 
 def saved_buffers(model: Module) -> list[str]:
-    """The names of the buffers that are saved with a model: others are made of its configuration."""
+    """The names of the buffers that are saved with a model; others are derived from its configuration."""
     state = model.state_dict()
     return [name for name, _ in model.named_buffers() if name in state]
 
 
 def take(p: Tensor, indices: Tensor) -> Tensor:
-    """The weights in these positions of row-major order, whatever the strides; on the CPU."""
+    """The weights at these positions in row-major order, whatever the strides; on the CPU."""
     return p.detach().take(indices.to(p.device, torch.int64)).cpu()
 
 
 def _fingerprint(parameters: Mapping[str, Tensor], mask: FishMask) -> dict[str, list[Any]]:
-    """By name, each parameter's dtype, shape, and the SHA-256 of its weights with the selected ones as zeros.
+    """By name, each parameter's dtype, shape, and the SHA-256 of its weights with the selected weights as zeros.
 
-    Hashed are the weights' bytes (little-endian) in row-major order.
+    The hash covers the weights' bytes (little-endian) in row-major order.
     """
     out = {}
     for name, p in parameters.items():
@@ -341,7 +344,7 @@ def _digest(p: Tensor, selected: Tensor) -> str:
 
 
 def _check_base(delta: _Delta, model: Module, message: str) -> None:
-    """Raise a DeltaError that begins with the message unless the model is the one that the delta was trained from."""
+    """Raise a DeltaError that begins with the message unless the delta was trained from this model."""
 
     def fail(reason: str) -> None:
         raise DeltaError(f"{message}: {reason}")

@@ -1,4 +1,4 @@
-"""The folder in which workers keep their last merge, so that a training can resume from it."""
+"""The folder in which workers keep their last merge, so that training can resume from it."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _MARKER = "merges.json"
 
 
 class MergeFiles:
-    """A folder with the last complete merge, and for a while those before and after it.
+    """A folder with the last complete merge and, for a while, the merges before and after it.
 
     `merge-N-model` is the whole model after merge N and `merge-N-mask` the mask from then on, if there is one.
-    `merge-M-values` is what the merges up to M > N have changed since. Each rank R writes `merge-M-optimizer-R`; all
-    other files are rank 0's. When all have theirs, it writes the marker, which names M and N; only then older files are
-    removed. Ranks do not read each other's files, so the folder need not be shared.
+    `merge-M-values` holds the changes of the merges up to M > N since then. Each rank R writes `merge-M-optimizer-R`;
+    rank 0 writes all other files. When all ranks have written theirs, rank 0 writes the marker, which names M and N;
+    only then are older files removed. Ranks do not read each other's files, so the folder need not be shared.
 
     Args:
-        folder: made if need be.
-        workers: who writes.
-        settings: of the training, for JSON; a run can only resume with the same.
+        folder: created if necessary.
+        workers: the workers that write.
+        settings: those of the training, for JSON; a run can only resume with the same settings.
 
     Attributes:
         folder: as given.
@@ -50,7 +50,7 @@ class MergeFiles:
         self._whole = 0
 
     def find(self) -> dict[str, Any] | None:
-        """What there is to resume from: rank 0's marker, on all ranks; None for nothing."""
+        """The merge to resume from: rank 0's marker, on all ranks; None if there is none."""
         marker = self._workers.json_of_first(_read_marker(self.folder))
         if marker is not None:
             for name, value in self._settings.items():
@@ -71,8 +71,8 @@ class MergeFiles:
         Args:
             model, optimizer: after the merge.
             mask: the mask from now on; None if all weights are trained.
-            merges, steps: how many there were.
-            whole: whether other weights than the mask's can have changed since the last call, or the mask is another.
+            merges, steps: their numbers so far.
+            whole: whether weights outside the mask can have changed since the last call, or the mask has changed.
 
         Raises:
             WorkerError: another worker did not get as far.
@@ -116,11 +116,11 @@ def load_merged(model: Module, folder: str | os.PathLike[str]) -> FishMask | Non
     """Put the last merged weights and buffers of a `SparseMerger` into a model; needs no other worker.
 
     Args:
-        model: of the architecture that was trained; changed in place.
-        folder: the `checkpoint` of the training.
+        model: a model of the trained architecture; changed in place.
+        folder: the `checkpoint` folder of the training.
 
     Returns:
-        The mask that would be trained next, of all workers together; None if that is all weights.
+        The mask that would be trained next, by all workers together; None if all weights would be.
 
     Raises:
         ValueError: there is no merge in the folder.
@@ -145,7 +145,7 @@ def load_merged(model: Module, folder: str | os.PathLike[str]) -> FishMask | Non
 
 
 def model_tensors(model: Module) -> dict[str, Tensor]:
-    """Parameters, and the buffers that are saved with the model; each once, under its first name."""
+    """Parameters, and the buffers that are saved with the model, each once under its first name."""
     buffers = dict(model.named_buffers())
     return {**dict(model.named_parameters()), **{name: buffers[name] for name in saved_buffers(model)}}
 

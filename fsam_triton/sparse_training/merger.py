@@ -1,4 +1,4 @@
-"""SparseMerger: training by several workers that exchange the weights of a FishMask and no others."""
+"""SparseMerger: training by several workers that exchange only the weights selected by a FishMask."""
 
 from __future__ import annotations
 
@@ -22,42 +22,43 @@ from .workers import Workers
 
 
 class SparseMerger:
-    """Trains one model on several workers (torch.distributed); `docs/distributed.md` has a whole program.
+    """Trains one model on several workers (torch.distributed); `docs/distributed.md` has a complete program.
 
-    After "Training Neural Networks with Fixed Sparse Masks" (arXiv 2111.09839, distributed training). Each worker takes
-    `local_steps` steps by itself. Then the selected weights are merged: all have the same weights again, to the bit.
-    Floating-point buffers (BatchNorm statistics) are averaged, others are rank 0's; moments stay where they are. All
-    ranks begin with rank 0's weights, and must take equally many steps.
+    This is the distributed training of "Training Neural Networks with Fixed Sparse Masks" (arXiv 2111.09839). Each
+    worker takes `local_steps` steps by itself. Then the selected weights are merged, so that all workers have the same
+    weights again, to the bit. Floating-point buffers (BatchNorm statistics) are averaged, and other buffers are rank
+    0's; moments are not exchanged. All ranks begin with rank 0's weights, and must take the same number of steps.
 
-    If there is a merge in `checkpoint`, the training resumes from it: leave out the batches of its `merger.steps`.
+    If there is a merge in `checkpoint`, training resumes from it: skip the batches of its `merger.steps`.
 
     Args:
         model: the same on all ranks; not in DistributedDataParallel, which would exchange the gradients of all weights.
-        optimizer: made of ``model.named_parameters()``. The merger sets what it trains.
-        choose_mask: gives a mask, from the merged weights. All ranks call it, at the same time, and rank 0's mask is
-            taken: it may average a Fisher estimate over the ranks, or not care.
-        local_steps: from one merge to the next, >= 1 (default: 10).
-        masks: ``"same"``: all train the whole mask; ``"disjoint"``: rank i trains part i of its `FishMask.split`, and
-            nothing needs to be averaged (default: ``"same"``).
+        optimizer: created with ``model.named_parameters()``. The merger sets which weights it trains.
+        choose_mask: returns a mask chosen from the merged weights. All ranks call it at the same time, and rank 0's
+            mask is used; it may average a Fisher estimate over the ranks, but does not have to.
+        local_steps: steps from one merge to the next, >= 1 (default: 10).
+        masks: ``"same"``: all workers train the whole mask; ``"disjoint"``: rank i trains part i of its
+            `FishMask.split`, and nothing needs to be averaged (default: ``"same"``).
         how: merge the same mask by the ``"mean"`` of the weights, or by the ``"sum"`` of their changes since the last
-            merge: larger steps, the more workers there are (default: ``"mean"``).
-        refresh_every: choose a mask again after so many merges, >= 1 (default: None, never).
-        dense_merges: before there is a mask, train all weights and merge them so many times, by the mean (default: 0).
-        checkpoint: a folder, to keep the last merge in and to resume from it (default: None).
+            merge, which makes larger steps the more workers there are (default: ``"mean"``).
+        refresh_every: choose the mask again after this many merges, >= 1 (default: None, never).
+        dense_merges: before there is a mask, train all weights and merge them this many times, by the mean (default:
+            0).
+        checkpoint: a folder in which to keep the last merge and from which to resume (default: None).
 
     Attributes:
-        mask: what is trained at the moment, by all workers together; None while that is all weights.
+        mask: the weights that all workers together are training at the moment; None while these are all weights.
         steps: how many steps this worker has taken, including those of the run that it resumes.
-        merges: how many merges there were, including those.
-        bytes_sent: of weights and floating-point buffers, what this process has given to others in merges; each byte
+        merges: how many merges there have been, including those of that run.
+        bytes_sent: bytes of weights and floating-point buffers that this process has sent in merges; each byte counts
             once, however many workers it goes to.
 
     Raises:
-        ValueError: an argument is out of its range, or the folder has a run of other workers or masks.
+        ValueError: an argument is out of its range, or the folder has a run with other workers or masks.
         WorkerError: another worker has died or does not answer within the process group's timeout.
 
     Example:
-        With a process group that torchrun has made, the loop is the same, and there are others to send to.
+        With a process group created by torchrun the loop is the same, but there are other workers to send to.
 
         >>> from fsam_triton import AdamWL2SP, FishMask, SparseMerger
         >>> model = torch.nn.Linear(8, 2)
@@ -117,7 +118,7 @@ class SparseMerger:
         return self._workers.bytes_sent
 
     def step(self) -> None:
-        """To be called after each `optimizer.step`; merges if it is time.
+        """Call this after each `optimizer.step`; it merges if it is time.
 
         Raises:
             WorkerError: another worker has died or does not answer within the process group's timeout.
@@ -127,7 +128,7 @@ class SparseMerger:
             self._merge()
 
     def finish(self) -> None:
-        """To be called after the last step; merges what was not merged yet.
+        """Call this after the last step; it merges what has not been merged yet.
 
         Raises:
             WorkerError: another worker has died or does not answer within the process group's timeout.
@@ -168,7 +169,7 @@ class SparseMerger:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Exchange everything, then write: whoever loses another worker meanwhile has its own weights still."""
+        """Exchange everything, then write: if another worker is lost meanwhile, this one still has its own weights."""
         workers = self._workers
         own = self._places.read() if self._is_disjoint else self._optimizer.trained_weights()
         packed = _pack(own, workers.device)
@@ -194,7 +195,7 @@ class SparseMerger:
         return self._masks == "disjoint" and self.mask is not None
 
     def _remember(self) -> None:
-        """Keep the merged weights, from which changes are counted if they are to be added up."""
+        """Keep the merged weights, from which changes are counted if they are to be summed."""
         self._merged = None
         if self._how == "sum" and self._masks == "same" and self.mask is not None:
             self._merged = _pack(self._optimizer.trained_weights(), self._workers.device)
@@ -233,7 +234,7 @@ class SparseMerger:
 
 
 class _Places:
-    """Where the selected weights are in the model's memory, in the order of the mask."""
+    """The places of the selected weights in the model's memory, in the order of the mask."""
 
     def __init__(self, mask: FishMask, parameters: Mapping[str, Parameter]) -> None:
         self._places = []

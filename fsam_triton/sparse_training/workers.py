@@ -1,4 +1,4 @@
-"""What the workers of a training send one another: collectives that give all of them the same bits."""
+"""Messages between the workers of a training: collectives that give all of them the same bits."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from ..masks.trained import FishMask, decode_mask, encode_mask
 
 
 class WorkerError(RuntimeError):
-    """Another worker has died or does not answer. The model of this one is not half merged."""
+    """Another worker has died or does not answer. This worker's model is not half merged."""
 
 
 class Workers:
     """The default process group, or this process alone if there is none.
 
     Args:
-        device: of the model.
-        describe: says what was being done, for the WorkerError that any method can raise.
+        device: the model's.
+        describe: returns a description of the current operation, for the WorkerError that any method can raise.
 
     Attributes:
-        rank, size: of this worker, and how many there are.
-        device: where tensors are sent from: of gloo's functions, only those for the CPU are complete.
-        bytes_sent: by `gather`, `interleave` and `reduce`: each byte once, however many workers it goes to.
+        rank, size: this worker's rank, and the number of workers.
+        device: the device from which tensors are sent: gloo supports all of its functions only on the CPU.
+        bytes_sent: bytes sent by `gather`, `interleave` and `reduce`: each byte counts once, however many workers it
+            goes to.
     """
 
     def __init__(self, device: torch.device, describe: Callable[[], str]) -> None:
@@ -52,17 +53,17 @@ class Workers:
         return out
 
     def interleave(self, numbers: Tensor) -> Tensor:
-        """Numbers [n], of which rank i's every size-th counts, from the i-th on: the order of `FishMask.split`."""
+        """Numbers [n], of which every size-th, starting with the i-th, is rank i's: the order of `FishMask.split`."""
         own = numbers[self.rank :: self.size]
         padded = own.new_zeros(-(-len(numbers) // self.size))
         padded[: len(own)] = own
         return self.gather(padded).t().reshape(-1)[: len(numbers)]
 
     def reduce(self, own: Tensor, old: Tensor | None = None) -> Tensor:
-        """The mean of all ranks' numbers [n] or, given old ones, these plus all changes; in fp64, rounded once.
+        """The mean of all ranks' numbers [n] or, given old numbers, these plus all changes; in fp64, rounded once.
 
-        Each rank computes its share of them, in the order of ranks, and gathers the others'. A ring all-reduce takes as
-        many bytes, but rounds every partial sum to the type that is sent.
+        Each rank computes its share of them, in the order of ranks, and gathers the other shares. A ring all-reduce
+        takes as many bytes, but rounds every partial sum to the type that is sent.
         """
         share = -(-len(own) // self.size)
         padded = own.new_zeros(self.size, share)
@@ -84,7 +85,7 @@ class Workers:
         return self.gather(total.to(own.dtype)).view(-1)[: len(own)]
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Rank 0's tensor, which all have in this shape and type."""
+        """Rank 0's tensor; all ranks have one of this shape and type."""
         sent = tensor.detach().to(self.device, copy=True, memory_format=torch.contiguous_format)
         if self.size > 1 and sent.numel():
             # As bytes, because not every backend knows every type.
@@ -100,11 +101,11 @@ class Workers:
                 tensor.copy_(first)
 
     def json_of_first(self, value: Any) -> Any:
-        """Rank 0's value, of what JSON can hold; other ranks' are ignored."""
+        """Rank 0's value, which JSON must be able to hold; the other ranks' values are ignored."""
         return json.loads(self._bytes_of_first(json.dumps(value).encode()))
 
     def mask_of_first(self, mask: FishMask | None) -> FishMask:
-        """Rank 0's mask; other ranks' are ignored."""
+        """Rank 0's mask; the other ranks' masks are ignored."""
         from safetensors.torch import load, save
 
         tensors, meta = encode_mask(mask) if self.rank == 0 else ({}, None)
@@ -119,6 +120,6 @@ class Workers:
         return self.broadcast(content).cpu().numpy().tobytes()
 
     def wait_for_all(self) -> None:
-        """Return when all ranks have called this."""
+        """Return when all ranks have called this method."""
         if self.size > 1:
             self._call(dist.barrier)
