@@ -1,4 +1,4 @@
-"""How sharp a model's loss is: sharpness, Hessian eigenvalues, pictures of the loss, and what a mask perturbs."""
+"""The sharpness of a model's loss: sharpness measures, Hessian eigenvalues, loss landscapes, and mask densities."""
 
 from .density import mask_density as mask_density
 from .density import plot_mask_density as plot_mask_density

@@ -1,4 +1,4 @@
-"""How much of each parameter a mask selects, and a picture of it."""
+"""The share of each parameter that a mask selects, and a plot of it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .figures import written_figure
 
 
 def mask_density(optimizer: Optimizer, model: nn.Module) -> dict[str, float]:
-    """How much of each of a model's parameters the optimizer's `FisherMask` lets be perturbed.
+    """The share of each of a model's parameters that the optimizer's `FisherMask` perturbs.
 
-    As `FSAM.mask_density`, but by the model's names, and for all of its parameters. (A `FishMask`, which
-    says what is trained, knows the names by itself: `FishMask.density_by_tensor`.)
+    Like `FSAM.mask_density`, but by the model's names, and for all of its parameters. (A `FishMask`, which selects the
+    trained weights, knows the names itself: `FishMask.density_by_tensor`.)
 
     Args:
         optimizer: an `FSAM` or `SAM` with a `FisherMask`.
-        model: whose parameters the optimizer has.
+        model: the model whose parameters the optimizer has.
 
     Returns:
-        By name the fraction of the weights that `perturb` moves; 0.0 for a parameter that the optimizer does not have,
-        and before the first perturbation for those that the mask chooses from.
+        By name, the fraction of the weights that `perturb` moves; 0.0 for a parameter that the optimizer does not have,
+        and, before the first perturbation, for those that the mask selects from.
 
     Raises:
         ValueError: the optimizer has no `FisherMask`.
@@ -56,8 +56,8 @@ def plot_mask_density(densities: Mapping[str, float], path: str | os.PathLike[st
 
     Args:
         densities: fractions in [0, 1] by parameter name, from `mask_density` or `FishMask.density_by_tensor`.
-        path: where to; the image's type follows the suffix.
-        title: of the picture (default: none).
+        path: the file to write; its suffix decides the type of the image.
+        title: title of the plot (default: none).
 
     Raises:
         ValueError: there are no densities.
@@ -82,7 +82,7 @@ def plot_mask_density(densities: Mapping[str, float], path: str | os.PathLike[st
 def layers_by_tensors(densities: Mapping[str, float]) -> tuple[list[str], list[str], list[list[float]]]:
     """Densities as a table: layers, tensors in a layer, and a row of densities for each layer (NaN: no such tensor).
 
-    A layer is a parameter's name up to its first number, or, without one, all of it but the last part.
+    A layer is a parameter's name up to its first number or, without a number, the name without its last part.
 
     Example:
         >>> layers_by_tensors({"embed.weight": 1.0, "layer.0.key.weight": 0.5, "layer.1.key.weight": 0.25})

@@ -1,4 +1,4 @@
-"""Pictures that are on disk whole or not at all."""
+"""Plots that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def written_figure(path: str | os.PathLike[str], width: float, height: float) -> Iterator[Figure]:
-    """A figure of that size in inches to draw into, written at the end as the path's suffix says."""
+    """A figure of that size in inches to draw into; it is written at the end, in the format of the path's suffix."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -20,23 +20,23 @@ def hessian_eigenvalues(
 ) -> list[float]:
     """The k largest eigenvalues of the Hessian of the mean loss over all batches; needs SciPy.
 
-    By the Lanczos method on Hessian-vector products (ARPACK's, `scipy.sparse.linalg.eigsh`). A product is exact: the
-    gradient is differentiated, which takes about two forward and backward passes over all batches. Attention is
-    computed without fused kernels, which cannot be differentiated twice; a model that brings its own (flash-attn)
-    cannot be measured. ARPACK takes about 2 k + 16 numbers of 8 bytes for each weight on the host: freeze what is not
-    of interest. What stays as it was: as for `m_sharpness`.
+    They are computed by the Lanczos method on Hessian-vector products (ARPACK, `scipy.sparse.linalg.eigsh`). A product
+    is exact: the gradient is differentiated, which takes about two forward and backward passes over all batches.
+    Attention is computed without fused kernels, which cannot be differentiated twice; a model that uses kernels of its
+    own (flash-attn) cannot be measured. ARPACK takes about 2 k + 16 numbers of 8 bytes for each weight on the host:
+    freeze the parameters that do not interest you. The model and random states are left alone, as by `m_sharpness`.
 
     Args:
         model, loss, batches: as for `m_sharpness`.
-        k: how many, from 1 to one less than there are weights (default: 1).
-        tolerance: relative error of the eigenvalues, in (0, 1) (default: 1e-3). Products are in the weights' type:
-            with fp32 less than 1e-6 cannot be had.
+        k: number of eigenvalues, from 1 to one less than the number of weights (default: 1).
+        tolerance: relative error of the eigenvalues, in (0, 1) (default: 1e-3). Products are in the weights' type: with
+            fp32, less than 1e-6 cannot be reached.
 
     Returns:
         The algebraically largest eigenvalues, the largest first.
 
     Raises:
-        ValueError, FloatingPointError: as `m_sharpness`.
+        ValueError, FloatingPointError: as for `m_sharpness`.
         ImportError: SciPy is not installed.
         RuntimeError: Lanczos did not converge, or a part of the model cannot be differentiated twice.
 
@@ -68,7 +68,7 @@ def hessian_eigenvalues(
 
 
 def _hessian_product(mean: MeanLoss, x: numpy.ndarray) -> numpy.ndarray:
-    """The same for all weights in one fp64 vector on the host."""
+    """The product for all weights in one fp64 vector on the host."""
     pieces = torch.from_numpy(x.ravel()).split([w.numel() for w in mean.weights])
     parts = mean.hessian_product([piece.view(w.shape).to(w) for piece, w in zip(pieces, mean.weights, strict=True)])
     product = torch.cat([part.flatten().to("cpu", torch.float64) for part in parts])

@@ -1,4 +1,4 @@
-"""Slices of the loss along random directions, and pictures of them."""
+"""Slices of the loss along random directions, and plots of them."""
 
 from __future__ import annotations
 
@@ -46,19 +46,20 @@ def loss_landscape(
 
     Each filter of a direction (the numbers that belong to one index of a weight's first dimension: the inputs of one
     unit, or one row of an embedding) has the norm of the same filter of the weights, so that landscapes of two models
-    can be compared. Biases and the parameters of norm layers (all with fewer than two dimensions) stay as they are.
-    What stays as it was: as for `m_sharpness`.
+    can be compared. Biases and the parameters of norm layers (all with fewer than two dimensions) stay as they are. The
+    model and random states are left alone, as by `m_sharpness`.
 
     Args:
         model, loss, batches: as for `m_sharpness`.
         dimensions: 1 for a line, 2 for a plane: ``points ** dimensions`` forward passes over all batches (default: 2).
-        radius: coordinates are from -radius to radius, > 0; at 1 a filter has moved by its own norm (default: 1.0).
-        points: along each direction, >= 2; with an odd number, the weights are the middle one (default: 11).
-        seed: makes the directions, together with the parameters' shapes and order: the same for models of one kind
-            (default: 0).
+        radius: coordinates range from -radius to radius, > 0; at 1 a filter has moved by its own norm (default: 1.0).
+        points: number of points along each direction, >= 2; if it is odd, the weights are the middle point (default:
+            11).
+        seed: determines the directions, together with the parameters' shapes and order: they are the same for models of
+            the same architecture (default: 0).
 
     Raises:
-        ValueError, FloatingPointError: as `m_sharpness`; or there is no parameter with two dimensions.
+        ValueError, FloatingPointError: as for `m_sharpness`; or there is no parameter with two dimensions.
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -104,19 +105,20 @@ def _place(weights: Vector, directions: list[Vector], at: Sequence[float]) -> Ve
 
 
 def plot_landscape(landscape: Landscape, path: str | os.PathLike[str]) -> None:
-    """Draw one landscape, as `plot_landscapes`."""
+    """Draw one landscape, as `plot_landscapes` does."""
     plot_landscapes({"": landscape}, path)
 
 
 def plot_landscapes(landscapes: Mapping[str, Landscape], path: str | os.PathLike[str]) -> None:
-    """Draw landscapes, so that they can be compared: lines in one diagram, or maps side by side in the same colours.
+    """Draw landscapes so that they can be compared: lines in one diagram, or maps side by side on the same colour
+    scale.
 
     Args:
-        landscapes: by title, >= 1, all of one dimension or all of two.
-        path: where to; the image's type follows the suffix.
+        landscapes: landscapes by title, >= 1, all of one dimension or all of two.
+        path: the file to write; its suffix decides the type of the image.
 
     Raises:
-        ValueError: there is none, or their dimensions differ.
+        ValueError: there are none, or their dimensions differ.
         ImportError: matplotlib is not installed.
     """
     dimensions = {landscape.losses.dim() for landscape in landscapes.values()}

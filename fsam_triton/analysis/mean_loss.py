@@ -25,15 +25,15 @@ Vector = list[Tensor]
 
 
 class MeanLoss(nn.Module):
-    """L(w) over all batches and L_b(w) of one, with gradients and Hessian-vector products; made by `measuring`.
+    """L(w) over all batches and L_b(w) of one batch, with gradients and Hessian-vector products; made by `measuring`.
 
-    Other tensors take the places of the parameters (torch.func.functional_call): nothing is ever written into these,
-    nor into their gradients. Buffers are copies, so that every evaluation finds them as they were.
+    Other tensors take the places of the parameters (torch.func.functional_call): nothing is ever written into the
+    parameters or their gradients. Buffers are copies, so that every evaluation finds them unchanged.
 
     Attributes:
-        weights: the trainable parameters' values, fp32 where the parameters have 16 bits; the clean ones, if an
+        weights: the trainable parameters' values, fp32 where the parameters have 16 bits; the clean weights if an
             optimizer has perturbed them.
-        shares: each batch's part of the samples, which its loss counts for; equal ones if a batch has no tensor.
+        shares: each batch's share of the samples, by which its loss is weighted; equal shares if a batch has no tensor.
     """
 
     def __init__(self, model: nn.Module, loss: Loss, batches: Iterable[Any]) -> None:
@@ -77,7 +77,7 @@ class MeanLoss(nn.Module):
         return value.item(), gradient
 
     def _differentiable(self, i: int, weights: Vector, twice: bool = False) -> tuple[Tensor, Vector, Vector]:
-        """L_b, the weights that it depends on, and its gradient, which with `twice` can be differentiated again."""
+        """L_b, the weights on which it depends, and its gradient, which can be differentiated again with `twice`."""
         with torch.enable_grad():
             leaves = [w.detach().requires_grad_() for w in weights]
             value = self._loss_of(i, leaves)
@@ -114,7 +114,7 @@ class MeanLoss(nn.Module):
 
 @contextlib.contextmanager
 def measuring(model: nn.Module, loss: Loss, batches: Iterable[Any]) -> Iterator[MeanLoss]:
-    """The model's mean loss, with the model in eval mode; modes and random states are put back at the end."""
+    """The model's mean loss, with the model in eval mode; modes and random states are restored at the end."""
     check(callable(loss), "loss", loss, "must be a function of model and batch")
     devices = {p.device for p in trainable_parameters(model).values() if p.device.type == "cuda"}
     states = random.getstate(), numpy.random.get_state()
@@ -150,7 +150,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _size(batch: Any) -> int:
-    """How many rows the first of a batch's tensors has; 0 if it has none."""
+    """The number of rows of the first tensor in a batch; 0 if it has none."""
     # transformers' batches are mappings that PyTorch does not look into.
     leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
     return next((len(x) for x in leaves if isinstance(x, Tensor) and x.dim() > 0), 0)

@@ -14,25 +14,26 @@ from .mean_loss import Loss, Vector, measuring, moved, norm, random_like, scaled
 
 
 def m_sharpness(model: nn.Module, loss: Loss, batches: Iterable[Any], rho: float = 0.05) -> float:
-    """How much the loss of a batch rises by SAM's step along its own gradient, in the mean over batches.
+    """The mean over batches of how much a batch's loss rises when SAM steps along the batch's own gradient.
 
-    With m the loader's batch size, this is m-sharpness (arXiv 2010.01412, section 4.1; arXiv 2206.06232), the maximum
-    over the ball taken to first order, as SAM takes it:
+    With m the loader's batch size, this is m-sharpness (arXiv 2010.01412, section 4.1; arXiv 2206.06232), with the
+    maximum over the ball approximated to first order, as in SAM:
 
         mean over batches of  L_b(w + rho * g_b / norm(g_b)) - L_b(w),   g_b the gradient of L_b at w
 
-    A batch whose gradient is zero contributes zero. The model is in eval mode meanwhile, without dropout. Its weights,
-    gradients, flags, buffers and modes are not touched, nor are random states.
+    A batch whose gradient is zero contributes zero. During the measurement the model is in eval mode, without dropout.
+    Its weights, gradients, flags, buffers and modes are left unchanged, and so are random states.
 
     Args:
-        model: its parameters with `requires_grad` count. Weights of 16 bits are evaluated in fp32, from their values.
+        model: its parameters with `requires_grad` count. 16-bit weights are evaluated in fp32, from their current
+            values.
         loss: ``loss(model, batch)`` returns the mean loss of a batch, a scalar tensor.
-        batches: a DataLoader or list, read once and kept in memory. Batches count by their number of samples: the rows
-            of their first tensor; if one has no tensor, they count equally.
-        rho: radius, > 0, as the optimizers' (default: 0.05).
+        batches: a DataLoader or list, read once and kept in memory. Batches are weighted by their number of samples:
+            the rows of their first tensor. If one has no tensor, all are weighted equally.
+        rho: radius, > 0, as for the optimizers (default: 0.05).
 
     Returns:
-        The mean rise; below zero where the loss curves down.
+        The mean rise; negative where the loss curves down.
 
     Raises:
         ValueError: an argument is out of its range, there are no batches, or `loss` returns no scalar.
@@ -60,20 +61,20 @@ def worst_case_sharpness(
 ) -> float:
     """The largest rise of the loss within a ball: max of L(w + eps) - L(w) over norm(eps) <= rho, L over all batches.
 
-    The inner maximum of SAM's objective (arXiv 2010.01412, eq. 1), found by projected ascent along normalised
-    gradients. The first step is SAM's; a step that does not rise is taken back and halved. So it is a lower bound of
-    the maximum: at least what SAM's step reaches, and never below zero. If the gradient is zero, the ascent begins in a
-    random direction. What stays as it was: as for `m_sharpness`.
+    This is the inner maximum of SAM's objective (arXiv 2010.01412, eq. 1), found by projected ascent along normalised
+    gradients. The first step is SAM's; a step that does not raise the loss is taken back and halved. The result is
+    therefore a lower bound of the maximum: at least the value at SAM's step, and never negative. If the gradient is
+    zero, the ascent begins in a random direction. The model and random states are left alone, as by `m_sharpness`.
 
     Args:
         model, loss, batches, rho: as for `m_sharpness`.
-        steps: steps of the ascent, each a forward and a backward pass over all batches, >= 1 (default: 20).
+        steps: number of ascent steps, each a forward and a backward pass over all batches, >= 1 (default: 20).
 
     Returns:
         The rise that was reached.
 
     Raises:
-        ValueError, FloatingPointError: as `m_sharpness`.
+        ValueError, FloatingPointError: as for `m_sharpness`.
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)
