@@ -110,8 +110,7 @@ def plot_landscape(landscape: Landscape, path: str | os.PathLike[str]) -> None:
 
 
 def plot_landscapes(landscapes: Mapping[str, Landscape], path: str | os.PathLike[str]) -> None:
-    """Draw landscapes so that they can be compared: lines in one diagram, or maps side by side on the same colour
-    scale.
+    """Draw landscapes for comparison: lines in one diagram, or maps side by side on the same colour scale.
 
     Args:
         landscapes: landscapes by title, >= 1, all of one dimension or all of two.

@@ -13,26 +13,27 @@ from .optimizer import FusedOptimizer
 class AdamWL2SP(FusedOptimizer):
     r"""AdamW (arXiv 1711.05101) with the decoupled L2-SP penalty (arXiv 1802.01483), in one pass over all parameters.
 
-    In a parameter group with ``l2_sp > 0`` a parameter with an anchor is pulled to it,
-    ``w -= lr * l2_sp * (w - anchor)``; one without (a novel one, a new classifier say) and every parameter of other
-    groups decays to zero, ``w -= lr * weight_decay * w``. Then Adam, exactly as `torch.optim.AdamW`, whose state
-    dicts it reads and writes, and whose place it takes anywhere: parameters and gradients are read where they are at
-    the moment of the step, and ``state`` and ``param_groups`` may be edited.
+    In a parameter group with ``l2_sp > 0``, a parameter with an anchor is pulled towards it,
+    ``w -= lr * l2_sp * (w - anchor)``. A parameter without an anchor (a novel one, such as a new classifier) and every
+    parameter of other groups decays to zero, ``w -= lr * weight_decay * w``. Then Adam follows, exactly as in
+    `torch.optim.AdamW`. The optimizer reads and writes the state dicts of `torch.optim.AdamW` and can replace it
+    anywhere: parameters and gradients are read wherever they are at the time of the step, and ``state`` and
+    ``param_groups`` may be edited.
 
     A coordinate whose gradient is not finite keeps its weight and moments.
 
     Args:
-        params: as FusedOptimizer.
+        params: as for FusedOptimizer.
         lr: learning rate, a float or a tensor of one element (group; default: 1e-3).
         betas: decay rates of the first and second moment, each in [0, 1) (group; default: (0.9, 0.999)).
         eps: added to the denominator, >= 0 (group; default: 1e-8).
-        weight_decay: decay to zero where there is no anchor, >= 0 (group; default: 1e-2).
+        weight_decay: decay to zero for parameters without an anchor, >= 0 (group; default: 1e-2).
         amsgrad: use the maximum of the second moments (group; default: False).
         **options: l2_sp, anchors, maximize, balance, balance_by, max_grad_norm, master_weights, ema_decay, trainable,
             stochastic_rounding, flatten and seed of `FusedOptimizer`.
 
     Raises:
-        ArgumentError: an argument is out of its range, a trained parameter is complex or sparse, an anchor does not
+        ArgumentError: an argument is out of its range, a trained parameter is complex or sparse, or an anchor does not
             fit.
 
     Example:

@@ -25,59 +25,61 @@ from .two_pass import TwoPass
 
 
 class FSAM(TwoPass, FusedOptimizer):
-    r"""Sharpness-aware minimization over AdamW with L2-SP, SGD or Lion, fused.
+    r"""Sharpness-aware minimization, fused with AdamW with L2-SP, SGD or Lion.
 
-    A step climbs to ``w + eps``, takes the gradient there, and descends with it from ``w``:
+    A step climbs to ``w + eps``, computes the gradient there, and uses it to descend from ``w``:
 
     - SAM (arXiv 2010.01412): ``eps = rho * g / (norm(g) + 1e-12)``
     - ASAM (``adaptive=True``, arXiv 2102.11600): ``eps = rho * w^2 * g / (norm(abs(w) * g) + 1e-12)``
-    - Fisher-SAM (``mask=FisherMask(...)``, arXiv 2210.05497): that eps on the mask and 0 elsewhere
-    - ESAM (``beta < 1``, ``gamma < 1``, arXiv 2110.03141): that eps over beta on a random part of the weights or
-      tensors; the second gradient from the samples whose loss rose most
+    - Fisher-SAM (``mask=FisherMask(...)``, arXiv 2210.05497): SAM's eps on the mask and 0 elsewhere
+    - ESAM (``beta < 1``, ``gamma < 1``, arXiv 2110.03141): SAM's eps divided by beta on a random part of the weights or
+      tensors; the second gradient comes from the samples whose loss rose most
     - GSAM (``alpha > 0``, arXiv 2203.08065): descends with ``g2 - alpha * (g1 - (<g1, g2> / norm(g2)^2) * g2)``, where
       g1 and g2 are the gradients at w and at w + eps
     - LookSAM (``schedule=Schedule(every=5, reuse=0.7)``, arXiv 2203.02714)
-    - FriendlySAM (``sigma=1``, arXiv 2403.12350): SAM's eps of ``g - sigma * a``, where a is the average of gradients
-    - preconditioned SAM (``preconditioned=True``): SAM's eps of ``g / (sqrt(v) + adam_eps)``, v with this g in it
+    - FriendlySAM (``sigma=1``, arXiv 2403.12350): SAM's eps along ``g - sigma * a``, where a is the average of
+      gradients
+    - preconditioned SAM (``preconditioned=True``): SAM's eps along ``g / (sqrt(v) + adam_eps)``, where v includes this
+      g
 
-    Norms are over all parameter groups. `step` without a perturbation before it is a plain update, and so is a step
+    Norms are over all parameter groups. `step` without a preceding perturbation is a plain update, and so is a step
     whose ascent gradient is zero or not finite, or whose rho is zero.
 
     Args:
-        params: as FusedOptimizer; a `FisherMask` wants ``model.named_parameters()``.
+        params: as for FusedOptimizer; a `FisherMask` needs ``model.named_parameters()``.
         lr: learning rate, a float or a tensor of one element (group; default: 1e-3).
-        rule: what is made of the gradient: ``"adamw"``, ``"sgd"`` or ``"lion"`` (default: ``"adamw"``).
+        rule: the update made with the gradient: ``"adamw"``, ``"sgd"`` or ``"lion"`` (default: ``"adamw"``).
         rho: radius of the perturbation, >= 0 (group; default: 0.05).
         adaptive: ASAM's scaling (group; default: False).
-        mask: which weights to perturb (default: None, all).
-        mask_norm: ``"all"``: norm over all coordinates, as published; ``"masked"``: over the perturbed ones, which
-            makes eps as long as rho (default: ``"all"``).
+        mask: selects the weights to perturb (default: None, all).
+        mask_norm: ``"all"``: the norm is over all coordinates, as published; ``"masked"``: over the perturbed ones,
+            which makes eps as long as rho (default: ``"all"``).
         alpha: GSAM's weight of the surrogate gap, >= 0; needs memory for a second gradient (default: 0.0).
-        beta: ESAM's part of the weights, drawn again for each perturbation, in (0, 1]; rounded to a multiple of 2**-15
-            (default: 1.0).
-        sigma: how much of the average of gradients FriendlySAM takes out of the direction of the perturbation, >= 0; 1
-            in the paper. Needs memory for the average, in bf16 for bf16 parameters (default: 0.0).
-        lmbda: decay of that average, ``a = lmbda * a + (1 - lmbda) * g`` at each perturbation, from 0 on; in [0, 1)
-            (default: 0.9, as in the authors' code).
-        preconditioned: perturb along the gradient over the root of AdamW's second moment, as it will be with this
-            gradient, plus AdamW's eps. rho is still the length of the perturbation. Needs ``rule="adamw"``, and not
+        beta: ESAM's fraction of the weights, drawn again for each perturbation, in (0, 1]; rounded to a multiple of
+            2**-15 (default: 1.0).
+        sigma: how much of the average of gradients FriendlySAM subtracts from the direction of the perturbation, >= 0;
+            1 in the paper. Needs memory for the average, in bf16 for bf16 parameters (default: 0.0).
+        lmbda: decay of that average, ``a = lmbda * a + (1 - lmbda) * g`` at each perturbation, starting from 0; in [0,
+            1) (default: 0.9, as in the authors' code).
+        preconditioned: perturb along the gradient divided by the root of AdamW's second moment, updated with this
+            gradient, plus AdamW's eps. The perturbation still has length rho. Needs ``rule="adamw"``, and excludes
             ``adaptive`` (default: False).
-        beta_per: what beta draws: ``"element"``, every weight by itself, or ``"tensor"``, whole tensors, at least one,
-            as the published code does. Gradients of the others are then not used in the ascent, and `ascent_pass` does
-            not compute them (default: ``"element"``).
-        gamma: ESAM's part of the batch for the second gradient, in (0, 1]; < 1 needs ``step(closure, batch)``, or
+        beta_per: the units that beta draws: ``"element"``, every weight by itself, or ``"tensor"``, whole tensors, at
+            least one, as in the published code. The ascent then does not use the gradients of the other tensors, and
+            `ascent_pass` does not compute them (default: ``"element"``).
+        gamma: ESAM's fraction of the batch for the second gradient, in (0, 1]; < 1 needs ``step(closure, batch)``, or
             `select_samples` in a loop of your own (default: 1.0).
-        ascent_fraction: the part of the batch, its first samples, that the first gradient is taken from, in (0, 1]; the
-            second one is the whole batch's. A step then costs ``1 + ascent_fraction`` times a plain one's passes. < 1
-            needs ``step(closure, batch)``, `SAMTrainer` or Lightning's `SharpnessAware`, and ``gamma=1``; in a loop of
-            your own it is you who pass a part before `perturb` (default: 1.0).
-        schedule: which steps are sharpness-aware, and with which rho (default: None, all of them with rho).
-        backup_format: how perturbed 16-bit weights are put back, to the bit in either case: None for a copy of the
-            clean weights, ``"8bit"`` for a count of steps of their type in one byte, so that a weight moves by at most
-            127 such steps (default: None).
+        ascent_fraction: the fraction of the batch, its first samples, used for the first gradient, in (0, 1]; the
+            second gradient uses the whole batch. A step then costs ``1 + ascent_fraction`` times a plain step's passes.
+            < 1 needs ``step(closure, batch)``, `SAMTrainer` or Lightning's `SharpnessAware`, and ``gamma=1``; in a loop
+            of your own, pass a part of the batch before `perturb` yourself (default: 1.0).
+        schedule: which steps are sharpness-aware, and with which rho (default: None, all of them, with rho).
+        backup_format: how perturbed 16-bit weights are restored, to the bit in either case: None, from a copy of the
+            clean weights; ``"8bit"``, from a one-byte count of steps from one number of their type to the next, so that
+            a weight moves by at most 127 such steps (default: None).
         **options: the rule's own arguments, and weight_decay, l2_sp, anchors, maximize, balance, balance_by,
-            max_grad_norm, master_weights, ema_decay, trainable, stochastic_rounding, flatten and seed, all as
-            `FusedOptimizer` has them.
+            max_grad_norm, master_weights, ema_decay, trainable, stochastic_rounding, flatten and seed, all as for
+            `FusedOptimizer`.
 
     Raises:
         ArgumentError: an argument is out of its range, or contradicts another.
@@ -137,7 +139,7 @@ class FSAM(TwoPass, FusedOptimizer):
         self.clean_view.find(p for group in self.param_groups for p in group["params"])
 
     def _begin(self) -> None:
-        """What a copy does not take over."""
+        """Create the parts that a copy does not take over."""
         self.clean_view = CleanView()
         # The gradients of the ascent, where the descent needs them.
         self._first: dict[Parameter, Tensor] = {}
@@ -145,16 +147,16 @@ class FSAM(TwoPass, FusedOptimizer):
 
     @classmethod
     def from_sam_type(cls, sam_type: str, params: Iterable[Any], lr: float | Tensor = 1e-3, **arguments: Any) -> FSAM:
-        """An optimizer by the names of the FSAM code (github.com/WHU-ZQH/FSAM4PLM), for its recipes.
+        """An optimizer described by the names of the FSAM code (github.com/WHU-ZQH/FSAM4PLM), for its recipes.
 
         Args:
             sam_type: ``"sam"``, ``"esam"``, ``"gsam"``, ``"fisher-sam"``, ``"fisher-esam"`` or ``"fisher-gsam"``.
-            params: as FSAM; the fisher types want ``model.named_parameters()``.
-            lr: as FSAM.
-            **arguments: the FSAM code's, see `fsam_triton.recipes.arguments_of`, and any other of FSAM's.
+            params: as for FSAM; the fisher types need ``model.named_parameters()``.
+            lr: as for FSAM.
+            **arguments: the FSAM code's, see `fsam_triton.recipes.arguments_of`, and any others of FSAM.
 
         Raises:
-            ValueError: sam_type is unknown, an argument is out of its range or has no meaning for this type.
+            ValueError: sam_type is unknown, or an argument is out of its range or has no meaning for this type.
 
         Example:
             >>> import torch
@@ -282,7 +284,7 @@ class FSAM(TwoPass, FusedOptimizer):
         return torch.empty_like(grad).copy_(first)
 
     def _direction(self, work: list[Half]) -> Direction:
-        """SAM's direction is the gradient; GSAM and LookSAM combine it with one of before."""
+        """SAM's direction is the gradient; GSAM and LookSAM combine it with an earlier one."""
         if not any(half.segments.tensors["other"] is not None for half in work):
             return super()._direction(work)
         # Over the parameters that are updated: what the others' gradients were at w has no part in this step.
@@ -296,7 +298,7 @@ class FSAM(TwoPass, FusedOptimizer):
         return Direction("kept", self.schedule.reuse, dots)
 
     def _ascent_scale(self) -> Tensor | None:
-        """What a GradScaler has multiplied the gradients of the ascent with; None if with what those at hand have."""
+        """The GradScaler's factor in the ascent's gradients; None if it is the same as in the current gradients."""
         before = self.ascent.scale
         if (
             before is None
@@ -315,9 +317,8 @@ class FSAM(TwoPass, FusedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state in torch.optim's form: per parameter `step` and the rule's state.
 
-        `remainder` (of master weights), `anchor`, `ema`, `mask`, `fisher`, `ascent_avg` and `orthogonal` are there too
-        where they are in use. Tensors are views of the live lanes, as with torch.optim; a perturbation shows in none of
-        them.
+        `remainder` (of master weights), `anchor`, `ema`, `mask`, `fisher`, `ascent_avg` and `orthogonal` are included
+        if they are in use. Tensors are views of the live lanes, as with torch.optim; none of them shows a perturbation.
         """
         for lanes in self.ledger:
             # They are kept also of parameters that were never updated.
@@ -334,7 +335,7 @@ class FSAM(TwoPass, FusedOptimizer):
 
 
 def _kept(grad: Tensor, p: Parameter) -> Tensor:
-    """A gradient to be kept: itself, unless its memory is a part of what somebody else writes again (DDP's buckets)."""
+    """A gradient to keep: itself, or a copy if its memory is part of what others write again (DDP's buckets)."""
     is_part = p.grad is not None and grad is local(p.grad)
     is_part = is_part and (grad._is_view() or grad.untyped_storage().nbytes() > grad.nbytes)
     return grad.clone(memory_format=torch.preserve_format) if is_part else grad

@@ -28,30 +28,30 @@ _FORGOTTEN = 5
 
 
 class MomentumSAM(FusedOptimizer):
-    r"""Momentum-SAM over AdamW with L2-SP, or another rule with momentum (arXiv 2401.12033), fused.
+    r"""Momentum-SAM (arXiv 2401.12033), fused with AdamW with L2-SP, or with another rule that has momentum.
 
     The gradient is taken at ``w - rho * m / (norm(m) + 1e-12)``, where m is the rule's first moment and the norm is
-    over all parameters: a step has one backward pass.
+    over all parameters, so a step has one backward pass.
 
-    The parameters are perturbed when a forward pass in training mode begins, and clean again after `step`. Between two
-    steps, and when training ends, they hold the clean weights, so everything that reads or writes them then acts on
-    these. A forward pass in eval mode, or without gradients, sees clean weights at any time, and so does
-    ``state_dict()`` of the model. Where no `step` follows a forward pass in training mode (of a GAN's discriminator in
-    the generator's step, unless it is frozen meanwhile), `restore` or `eval` puts the clean weights back.
+    The parameters are perturbed when a forward pass in training mode begins, and clean again after `step`. Between
+    steps, and when training ends, they hold the clean weights, so any code that then reads or writes them works on the
+    clean weights. A forward pass in eval mode, or without gradients, sees clean weights at any time, and so does the
+    model's ``state_dict()``. If no `step` follows a forward pass in training mode (as for a GAN's discriminator in the
+    generator's step, unless it is frozen meanwhile), `restore` or `eval` puts the clean weights back.
 
-    The forward pass is noticed because a module is called, compiled or not. A model that is not made of modules, or is
-    called inside a function compiled with ``fullgraph=True``, needs `perturb` before it.
+    The optimizer notices the forward pass when a module is called, compiled or not. If the model is not made of
+    modules, or is called inside a function compiled with ``fullgraph=True``, call `perturb` before it.
 
     Args:
-        params: as FusedOptimizer.
+        params: as for FusedOptimizer.
         lr: learning rate, a float or a tensor of one element (group; default: 1e-3).
         rho: length of the perturbation, >= 0 (group; default: 0.05).
-        rule: ``"adamw"``, ``"lion"`` or ``"sgd"``, this with ``momentum`` > 0 (default: ``"adamw"``).
-        schedule: when to perturb and how far; with ``every=1`` (default: None, always by rho).
-        backup_format: as FSAM.
+        rule: ``"adamw"``, ``"lion"`` or ``"sgd"``; the last with ``momentum`` > 0 (default: ``"adamw"``).
+        schedule: when to perturb and how far; must have ``every=1`` (default: None, always by rho).
+        backup_format: as for FSAM.
         **options: the rule's own arguments, and weight_decay, l2_sp, anchors, maximize, balance, balance_by,
-            max_grad_norm, master_weights, ema_decay, trainable, stochastic_rounding, flatten and seed, all as
-            `FusedOptimizer` has them.
+            max_grad_norm, master_weights, ema_decay, trainable, stochastic_rounding, flatten and seed, all as for
+            `FusedOptimizer`.
 
     Raises:
         ArgumentError: an argument is out of its range.
@@ -110,7 +110,7 @@ class MomentumSAM(FusedOptimizer):
         self._expect()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, as `FusedOptimizer.load_state_dict`."""
+        """Load a state, as `FusedOptimizer.load_state_dict` does."""
         super().load_state_dict(state_dict)
         # The parameters may have been replaced since the optimizer was made, and have a momentum now.
         self._expect()
@@ -124,13 +124,13 @@ class MomentumSAM(FusedOptimizer):
 
     @property
     def schedule(self) -> Schedule:
-        """When steps are sharpness-aware; from the parameter groups, where a loaded state dict can have changed it."""
+        """The schedule in the parameter groups, where a loaded state dict can have changed it."""
         return radii.schedule_of(self.param_groups)
 
     @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the clean weights with the gradients taken at the perturbed ones.
+        """Update the clean weights with the gradients computed at the perturbed weights.
 
         Args:
             closure: evaluates the model again and returns the loss, as in torch.optim; called once.
@@ -182,7 +182,7 @@ class MomentumSAM(FusedOptimizer):
     # -- the perturbation ----------------------------------------------------------------------------------------------
 
     def _directions(self, lanes: Lanes) -> list[Tensor | None]:
-        """The momentum of each parameter that is trained and has one; an empty list if none is."""
+        """The momentum of each parameter that is trained and has one; an empty list if there is none."""
         name = self.rule.lanes(lanes.groups[0])[0]
         if name not in lanes.lanes:
             return []
@@ -191,14 +191,15 @@ class MomentumSAM(FusedOptimizer):
         return out if any(view is not None for view in out) else []
 
     def _scale(self, lanes: Lanes) -> Tensor | None:
-        """Of the momentum's codes, if it is kept in such."""
+        """The scale of the momentum's codes, if it is kept in codes."""
         return lanes.lanes.get(f"{self.rule.lanes(lanes.groups[0])[0]}_scale")
 
     @uncompiled
     def perturb(self) -> None:
-        """Perturb the parameters by hand, for the forward passes until `step`; does nothing while they are perturbed.
+        """Perturb the parameters by hand, for the forward passes until `step`; does nothing if they are already
+        perturbed.
 
-        Until `step` or `restore` forward passes are not watched: in eval mode, too, they see perturbed weights.
+        Until `step` or `restore`, forward passes are not watched: even in eval mode they see perturbed weights.
 
         Raises:
             RuntimeError: the optimizer is in eval mode, or inside `ema_weights`.
@@ -248,9 +249,9 @@ class MomentumSAM(FusedOptimizer):
         return None
 
     def _step_aside(self) -> Callable[[], None]:
-        """Put back the clean weights for a while; the result perturbs them again, to the same bits.
+        """Put back the clean weights for a while; the returned function perturbs them again, to the same bits.
 
-        A graph that autograd has recorded before stays good.
+        A graph that autograd has recorded before stays valid.
         """
         perturbed = [(lanes, lanes.versions()) for lanes in self.ledger if lanes.perturbed is not None]
         self.restore()
@@ -267,7 +268,7 @@ class MomentumSAM(FusedOptimizer):
         return put_back
 
     def train(self) -> None:
-        """Perturb from the next forward pass on, as after the optimizer was made."""
+        """Perturb from the next forward pass on, as after the optimizer was created."""
         self._training = True
         self._watch.start()
 

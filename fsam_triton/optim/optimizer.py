@@ -40,14 +40,15 @@ Found = list[tuple[Lanes, list[Tensor | None]]]
 
 @dataclass
 class Direction:
-    """What an update makes of the gradients before the rule does.
+    """How an update combines the gradients before the rule uses them.
 
     Attributes:
-        combined: what second gradients are for, one of `kernels.spec.COMBINED`.
+        combined: what the second gradients are for, one of `kernels.spec.COMBINED`.
         alpha: how much they count.
-        measured: the squared norm of the gradients, if it matters, or all that `gap` gives of both; on the home device.
-        other_scale: what a GradScaler has multiplied the second gradients with.
-        squares: of LoRA adapters that are balanced, the squared norms by which they are.
+        measured: the squared norm of the gradients, if it matters, or all that `gap` returns for both; on the home
+            device.
+        other_scale: the factor with which a GradScaler has multiplied the second gradients.
+        squares: for balanced LoRA adapters, the squared norms by which they are balanced.
     """
 
     combined: str = "alone"
@@ -62,10 +63,10 @@ class Half:
     """Half a step of some lanes.
 
     Attributes:
-        lanes: whose.
-        segments: of the launch of each of its passes.
-        steps: how far weights are from the clean ones, if that is known instead of these.
-        squares: the squared norm of each gradient, if they have been measured.
+        lanes: the lanes.
+        segments: the segments of the launch of each of its passes.
+        steps: how far weights are from the clean weights, if that is known instead of the clean weights.
+        squares: the squared norm of each gradient, if it has been measured.
     """
 
     lanes: Lanes
@@ -87,56 +88,58 @@ class FusedOptimizer(Optimizer):
     """A rule over parameters that stay where they are, in one pass over all of them; the base of our optimizers.
 
     Args:
-        params: ``model.parameters()``, ``model.named_parameters()`` or parameter groups (dicts), in which every
-            argument marked (group) may stand too. Those that are trained are floating point, strided, plain tensors or
-            DTensors; frozen ones of any kind are left alone.
+        params: ``model.parameters()``, ``model.named_parameters()`` or parameter groups (dicts), which may also contain
+            every argument marked (group). Trained parameters must be floating-point, strided, plain tensors or
+            DTensors; frozen parameters of any kind are left alone.
         rule: ``"adamw"``, ``"sgd"`` or ``"lion"``.
         lr: learning rate, a float or a tensor of one element (group).
-        weight_decay: decay to zero where there is no anchor, >= 0 (group; default: the rule's).
-        l2_sp: decay to the anchor, >= 0 (group; default: 0, no anchors are kept).
+        weight_decay: decay to zero for parameters without an anchor, >= 0 (group; default: the rule's).
+        l2_sp: decay towards the anchor, >= 0 (group; default: 0, no anchors are kept).
         anchors: ``"initial"``, the weights before the first update, or a mapping of parameter names to tensors of their
             shapes, copied at the first update, for which ``params`` must carry names; parameters that it does not name
-            are novel. It may be a whole ``state_dict()``; names of which only a prefix or a wrapper's part differs from
-            a parameter's are refused (default: ``"initial"``).
+            are novel. It may be a whole ``state_dict()``; a name that differs from a parameter's only in a prefix or a
+            wrapper's part is refused (default: ``"initial"``).
         maximize: maximize the objective (group; default: False).
         balance: the strength alpha >= 0 of BAR, balancedness-aware regularisation of LoRA adapters (arXiv 2410.14802,
-            0.2 to 2 there), by which one matrix of a pair grows in each step, ``w *= 1 + lr * balance``, and the other
-            one decays likewise, before the update. Pairs are known by their names in peft (``lora_A`` and ``lora_B``,
-            ``lora_embedding_A`` and ``_B``), so ``params`` must carry names (group; default: 0).
-        balance_by: which one grows: with ``"gradients"`` the one with the larger gradient (the paper's nBAR), with
-            ``"weights"`` the smaller one (oBAR), both by Frobenius norm (default: ``"gradients"``).
-        max_grad_norm: clip the global gradient norm to this, > 0, as ``clip_grad_norm_`` does; a step whose norm is not
-            finite is skipped altogether (default: None, no clipping).
+            which uses 0.2 to 2). In each step, before the update, one matrix of a pair grows,
+            ``w *= 1 + lr * balance``, and the other decays by the same rate. Pairs are recognised by their names in
+            peft (``lora_A`` and ``lora_B``, ``lora_embedding_A`` and ``_B``), so ``params`` must carry names (group;
+            default: 0).
+        balance_by: decides which matrix grows: with ``"gradients"`` the one with the larger gradient (the paper's
+            nBAR), with ``"weights"`` the smaller one (oBAR), both by Frobenius norm (default: ``"gradients"``).
+        max_grad_norm: clip the global gradient norm to this value, > 0, as ``clip_grad_norm_`` does; a step whose norm
+            is not finite is skipped altogether (default: None, no clipping).
         state_format: how the rule's state is kept (group): ``"fp32"``; ``"bf16"``; ``"8bit"``, in codes of one byte
             with a scale for 32 elements, for parameters of at least two dimensions whose rows (the elements of one
-            index of the first dimension) are whole groups of 32, and as without for all others, whatever their shards;
-            or None, bf16 for bf16 parameters without master weights, fp64 for fp64 ones, else fp32 (default: None).
-        master_weights: keep of 16-bit parameters what rounding loses, and fp32 moments: the update is that of fp32
-            weights, whose rounding the parameters are. ``"32bit"``, which is also True; or ``"24bit"``, for bf16
-            parameters, whose last bit is rounded stochastically (default: False).
+            index of the first dimension) are whole groups of 32, whatever their shards; all other parameters keep the
+            default. None: bf16 for bf16 parameters without master weights, fp64 for fp64 parameters, otherwise fp32
+            (default: None).
+        master_weights: keep the part of 16-bit parameters that rounding loses, and fp32 moments: the update is that of
+            fp32 weights, and the parameters are their rounded values. ``"32bit"``, which is also True; or ``"24bit"``,
+            for bf16 parameters, whose last bit is rounded stochastically (default: False).
         ema_decay: keep an exponential moving average of the clean weights, ``ema += (1 - ema_decay) * (w - ema)`` after
             each update, in [0, 1), for `ema_weights`. It begins at the weights before the first update, without bias
-            correction: right for fine-tuning, where these are pre-trained weights. fp32 for 16-bit parameters, which
-            would lose its small changes (default: None, no average is kept).
-        trainable: train these weights alone; all others stay as they are, to the bit, without weight decay, and take no
+            correction, which is right for fine-tuning, where these are pre-trained. It is kept in fp32 for 16-bit
+            parameters, which would lose its small changes (default: None, no average is kept).
+        trainable: train only these weights; all others stay as they are, to the bit, without weight decay, and take no
             memory here. Needs ``model.named_parameters()`` (default: None, all).
-        stochastic_rounding: without master weights, round 16-bit weights and second moments stochastically; to nearest,
-            small updates would be lost (default: True).
+        stochastic_rounding: without master weights, round 16-bit weights and second moments stochastically; rounding to
+            nearest would lose small updates (default: True).
         flatten: move the parameters of a device and type into one buffer when the group is added (group; default:
             False, they stay where they are).
-        seed: of the stochastic rounding (default: 0).
-        norm_group: the processes that have the other parts of the model, each with an optimizer of its own (the stages
-            of a pipeline): norms and dot products are summed over it, too. All of them step together, with gradients.
-            Not for replicas, nor for FSDP2's shards, over which sums are always taken (default: None).
+        seed: seed of the stochastic rounding (default: 0).
+        norm_group: the processes that have the other parts of the model, each with its own optimizer (the stages of a
+            pipeline): norms and dot products are summed over this group, too. All of them must step together, with
+            gradients. Not for replicas, nor for FSDP2's shards, over which sums are always taken (default: None).
         foreach, capturable, fused, differentiable: accepted because torch.optim's optimizers take them; every step is
-            fused and capturable, none is differentiable.
+            fused and capturable, and none is differentiable.
         **hyper: the rule's own arguments (group): ``betas``, ``eps``, ``amsgrad``; ``momentum``, ``dampening``,
             ``nesterov``; or ``betas``.
 
     Raises:
-        ArgumentError: an argument is out of its range, a trained parameter is complex or sparse, an anchor does not
+        ArgumentError: an argument is out of its range, a trained parameter is complex or sparse, or an anchor does not
             fit.
-        TypeError: the rule has no such argument.
+        TypeError: the rule does not take an argument.
     """
 
     # torch.amp.GradScaler then always calls `step` and passes `grad_scale` and `found_inf`, so that a step with an
@@ -271,7 +274,8 @@ class FusedOptimizer(Optimizer):
                     check_shards_of_codes(label, p)
 
     def _check_anchors(self) -> None:
-        """Refuse anchors that fit no parameter's name, or were meant for one that would decay to zero without."""
+        """Refuse anchors that fit no parameter's name, or were meant for a parameter that would otherwise decay to
+        zero."""
         groups = [group for group in self.param_groups if group["l2_sp"] > 0]
         if self.anchors == "initial" or not self.anchors or not groups:
             return
@@ -291,14 +295,15 @@ class FusedOptimizer(Optimizer):
     def set_trainable(self, trainable: FishMask | None) -> None:
         """Train other weights from now on, as a new optimizer with the same parameter groups would.
 
-        Groups, hyper-parameters, learning rate schedulers and counts of steps stay. Moments start at zero, an average
-        of the weights at the present ones, and with ``anchors="initial"`` so do anchors. Gradients are cleared.
+        Groups, hyper-parameters, learning rate schedulers and step counts are kept. Moments start at zero; an average
+        of the weights starts at the current weights, and so do anchors with ``anchors="initial"``. Gradients are
+        cleared.
 
         Args:
-            trainable: which weights; None for all.
+            trainable: the weights to train; None for all.
 
         Raises:
-            ArgumentError: the mask does not fit; nothing has been changed then.
+            ArgumentError: the mask does not fit; nothing has then been changed.
         """
         self._refuse_inside_ema("set_trainable()")
         self._check_trainable(trainable)
@@ -316,7 +321,7 @@ class FusedOptimizer(Optimizer):
         self.ledger.forget()
 
     def _trained(self, group: Mapping[str, Any], i: int) -> Tensor | None:
-        """The weights of a parameter that are trained, as positions in row-major order; None for all."""
+        """The trained weights of a parameter, as positions in row-major order; None for all."""
         if self.trainable is None:
             return None
         check("param_names" in group, "trainable", "a FishMask", "needs parameter names: pass model.named_parameters()")
@@ -329,7 +334,7 @@ class FusedOptimizer(Optimizer):
         return self.trainable.indices(name).to(p.device)
 
     def _anchor(self, group: Mapping[str, Any], i: int) -> Tensor | None:
-        """The anchor that a parameter was given."""
+        """The anchor given for a parameter."""
         check("param_names" in group, "anchors", "a mapping", "needs parameter names: pass model.named_parameters()")
         name, shape = name_of(group, i), tuple(group["params"][i].shape)
         anchor = self.anchors.get(name)
@@ -346,7 +351,7 @@ class FusedOptimizer(Optimizer):
         return group["l2_sp"] > 0 and (not given or self._anchor(group, i) is not None)
 
     def _prepare(self, lanes: Lanes, entries: list[Mapping[str, Any]]) -> None:
-        """Make the lanes that new lanes need for the state that there is."""
+        """Make the lanes that new lanes need for the existing state."""
         if self._is_anchored(lanes.groups[0], lanes.members[0].position):
             self._prepare_anchors(lanes)
         if any(name in entry for entry in entries for name in (*spec.STATE[self.rule.name], "step")):
@@ -411,7 +416,7 @@ class FusedOptimizer(Optimizer):
             lanes.perturbed = None
 
     def _prepared(self, lanes: Lanes, grads: list[Tensor | None], only: int | None = None) -> Half:
-        """The launches of an update, of one parameter or of all; then those that take no part are restored."""
+        """The launches of an update, of one parameter or of all; parameters that take no part are then restored."""
         self._allocate(lanes)
         clean = steps = None
         # Those that are updated for the first time have the state of the beginning.
@@ -434,17 +439,18 @@ class FusedOptimizer(Optimizer):
     def release_gradients(self) -> GradientRelease:
         """Update each parameter in the backward pass, as soon as its gradient is there, and free the gradient.
 
-        No more than a few gradients are in memory at once. The result is that of `step` to the bit, which must still be
-        called after each backward pass and leaves no more to do. Learning rates are those at the backward pass.
+        No more than a few gradients are in memory at once. The result is bit-identical to that of `step`, which must
+        still be called after each backward pass but then has nothing left to do. The learning rates used are those at
+        the time of the backward pass.
 
         Returns:
-            A handle, whose `remove` leaves gradients to `step` again.
+            A handle; its `remove` leaves gradients to `step` again.
 
         Raises:
             ArgumentError: with ``max_grad_norm`` or ``trainable``, which need all gradients at once.
-            RuntimeError: the optimizer has two passes, or another process has a part of the gradients (DDP); and in a
-                backward pass, where a gradient comes twice before a step, as in gradient accumulation. A GradScaler
-                finds no gradients, and says so.
+            RuntimeError: the optimizer has two passes, or another process has part of the gradients (DDP); and, in a
+                backward pass, when a parameter gets a second gradient before a step, as in gradient accumulation. A
+                GradScaler finds no gradients, and says so.
         """
         return GradientRelease(self)
 
@@ -479,12 +485,12 @@ class FusedOptimizer(Optimizer):
         return self.ledger.collect(self.param_groups, self.state)
 
     def _sum(self, work: list[Half], measure: Callable[[Segments], Tensor]) -> Tensor:
-        """Sum of what a pass measures over all segments, their shards and other parts, fp64 on the home device."""
+        """The sum of a pass's measurements over all segments, their shards and other parts, fp64 on the home device."""
         parts = ((half.lanes, measure(half.segments)) for half in work)
         return self.others.sum(sum_over_shards(parts, self.ledger.home))
 
     def _direction(self, work: list[Half]) -> Direction:
-        """What to make of the gradients; unscaling and clipping come on top."""
+        """How to combine the gradients; unscaling and clipping are added."""
         if self.max_grad_norm is None or not work:
             return Direction()
         if self._has_parameters and not any(isinstance(p, Parameter) for half in work for p in half.lanes.params):
@@ -514,7 +520,7 @@ class FusedOptimizer(Optimizer):
                     lanes.views("ema")[i].copy_(lanes.exact(i))
 
     def _state_dtype(self, state_format: str | None, dtype: torch.dtype) -> torch.dtype:
-        """The type of the state of weights of a type, unless it is codes."""
+        """The type of the state of weights of a type, unless it is kept in codes."""
         if state_format == "bf16":
             return torch.bfloat16
         # fp16 cannot hold squares of gradients: its moments are fp32.
@@ -523,7 +529,7 @@ class FusedOptimizer(Optimizer):
 
     @staticmethod
     def _format(group: Mapping[str, Any], i: int) -> str | None:
-        """The format of the state of a group's parameter."""
+        """The state format of a group's parameter."""
         wanted = group["state_format"]
         return None if wanted == "8bit" and not can_be_coded(group["params"][i].shape) else wanted
 
@@ -559,7 +565,7 @@ class FusedOptimizer(Optimizer):
         lanes.written(active)
 
     def _coefficients(self, lanes: Lanes, active: list[bool], direction: Direction) -> tuple[Tensor, Tensor]:
-        """Coefficients and keys of an update, a row for each parameter; it is counted, unless the device skips it."""
+        """Coefficients and keys of an update, a row per parameter; the step is counted, unless the device skips it."""
         decay = "l2_sp" if "anchor" in lanes.lanes else "weight_decay"
         max_norm = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         average = 0.0 if self.ema_decay is None else 1 - self.ema_decay
@@ -591,7 +597,7 @@ class FusedOptimizer(Optimizer):
 
     @property
     def perturbed(self) -> bool:
-        """Whether the parameters hold perturbed weights at this moment."""
+        """Whether the parameters currently hold perturbed weights."""
         return self.ledger.perturbed
 
     @torch.no_grad()
@@ -601,19 +607,20 @@ class FusedOptimizer(Optimizer):
 
     @torch.no_grad()
     def clean_weight(self, p: Tensor) -> Tensor | None:
-        """The clean weights of a parameter that is perturbed at this moment, as a tensor like it.
+        """The clean weights of a parameter that is currently perturbed, as a tensor like it.
 
         Args:
             p: any tensor.
 
         Returns:
-            What `restore` would put back, or None if p is not perturbed, or not a parameter of this optimizer.
+            The weights that `restore` would put back, or None if p is not perturbed, or is not a parameter of this
+            optimizer.
         """
         return self.ledger.clean_weight(p)
 
     @torch.no_grad()
     def master_weight(self, p: Parameter) -> Tensor:
-        """A copy of the clean weights of a parameter: with ``master_weights`` in fp32, of which p is the rounding.
+        """A copy of a parameter's clean weights; with ``master_weights``, the fp32 weights from which p is rounded.
 
         Raises:
             ArgumentError: p is not a parameter of this optimizer that has been updated.
@@ -624,30 +631,32 @@ class FusedOptimizer(Optimizer):
 
     @torch.no_grad()
     def trained_weights(self) -> list[Tensor]:
-        """Copies of the clean weights that are trained, of each parameter (of a `FishMask`, the selected ones, flat).
+        """Copies of the clean trained weights of each parameter (with a `FishMask`, the selected weights, flat).
 
-        In fp32 where there are master weights.
+        They are fp32 if there are master weights.
         """
         self.ledger.refresh(self.param_groups, self.state)
         return [lanes.exact(i) for lanes in self.ledger for i in range(len(lanes))]
 
     @torch.no_grad()
     def set_trained_weights(self, weights: Iterable[Tensor]) -> None:
-        """Write what is like `trained_weights` into the parameters and master weights, which are not perturbed."""
+        """Write weights like those of `trained_weights` into parameters and master weights, which must not be
+        perturbed."""
         values = iter(weights)
         for lanes in self.ledger:
             lanes.set_exact([next(values) for _ in range(len(lanes))])
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Inside the block the parameters hold the average of the weights; at its end, in any case, the clean weights.
+        """Inside the block, the parameters hold the average of the weights; at its end, always the clean weights.
 
-        To evaluate, and to save the average with the model. The average is rounded to the parameters' type; a parameter
-        that was never updated keeps its weights. Takes the memory of one copy of the weights. Inside, nothing can be
-        stepped, perturbed, loaded or copied.
+        Use it to evaluate the average, and to save it with the model. The average is rounded to the parameters' type; a
+        parameter that was never updated keeps its weights. The block takes the memory of one copy of the weights.
+        Inside it, the optimizer cannot take a step, perturb, load a state or be copied.
 
         Raises:
-            RuntimeError: no ``ema_decay`` was given, FSAM's weights are perturbed, or the block is inside another one.
+            RuntimeError: no ``ema_decay`` was given, FSAM's weights are perturbed, or the block is inside another such
+                block.
         """
         if self.ema_decay is None:
             raise RuntimeError("ema_weights() needs an optimizer with ema_decay")
@@ -684,12 +693,14 @@ class FusedOptimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of an optimizer of this kind, or of torch.optim's by the same rule; values are copied.
+        """Load the state of an optimizer of this kind, or of torch.optim's optimizer of the same rule; values are
+        copied.
 
-        Load the model's own weights first. An average of the weights that the state does not have starts from them.
+        Load the model's own weights first. If the state has no average of the weights, the average starts from them.
 
         Raises:
-            ArgumentError: it is another optimizer's, or groups or shapes do not fit; nothing has been changed then.
+            ArgumentError: the state is another optimizer's, or groups or shapes do not fit; nothing has then been
+                changed.
             RuntimeError: inside `ema_weights`.
         """
         self._refuse_inside_ema("load_state_dict()")
@@ -718,15 +729,15 @@ class FusedOptimizer(Optimizer):
             hook(self)
 
     def _unused(self) -> set[str]:
-        """What of a state that is loaded this optimizer has no use for."""
+        """The entries of a loaded state that this optimizer does not use."""
         names = {"ema"} if self.ema_decay is None else set()
         return names if self.master_weights else names | {"remainder"}
 
     @torch.no_grad()
     def float_state_dict(self) -> dict[str, Any]:
-        """`state_dict` with the state of ``state_format="8bit"`` as fp32: what torch.optim's optimizers load.
+        """`state_dict` with the state of ``state_format="8bit"`` as fp32, which torch.optim's optimizers load.
 
-        Codes that are loaded again become the same ones only to within their rounding; `state_dict` resumes to the bit.
+        When loaded again, the codes are the same only to within their rounding; `state_dict` resumes to the bit.
         """
         out = self.state_dict()
         numbers = [number for group in out["param_groups"] for number in group["params"]]

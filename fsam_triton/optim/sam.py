@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
 
 class SAM(TwoPass):
-    r"""Sharpness-aware minimization around any optimizer: torch's Muon, an 8-bit or schedule-free Adam, your own.
+    r"""Sharpness-aware minimization around any optimizer: torch's Muon, an 8-bit or schedule-free Adam, or your own.
 
-    The norm, the perturbation with its backup, and the mask are `FSAM`'s fused passes; then the weights are put back,
-    to the bit, and the base optimizer takes its step with the gradients of the perturbed point. Its parameter groups
-    and state are shared: `param_groups` and `state` are the base's, with `rho` and `adaptive` in every group.
+    The norm, the perturbation with its backup, and the mask use the fused passes of `FSAM`; then the weights are
+    restored, to the bit, and the base optimizer takes its step with the gradients of the perturbed point. The two share
+    parameter groups and state: `param_groups` and `state` are the base's, with `rho` and `adaptive` in every group.
 
     Args:
-        base: the optimizer that takes the steps, already made.
+        base: the optimizer that takes the steps, already created.
         rho: radius of the perturbation, >= 0 (group; default: 0.05).
         adaptive: ASAM's scaling (group; default: False).
-        mask, mask_norm, beta, beta_per, gamma, sigma, lmbda, ascent_fraction, schedule: as `FSAM`; the schedule without
-            ``reuse``.
+        mask, mask_norm, beta, beta_per, gamma, sigma, lmbda, ascent_fraction, schedule: as for `FSAM`; the schedule
+            must not have ``reuse``.
         stochastic_rounding: round perturbed 16-bit weights stochastically (default: True).
-        seed: of random draws and roundings (default: 0).
-        norm_group: as `FusedOptimizer`.
+        seed: seed of random draws and roundings (default: 0).
+        norm_group: as for `FusedOptimizer`.
 
     Raises:
         ArgumentError: an argument is out of its range.
@@ -149,7 +149,7 @@ class SAM(TwoPass):
         self._join(self.param_groups[-1])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, as the base does, and what `carry_gradients` has set aside."""
+        """Clear the gradients, as the base does, and those that `carry_gradients` has set aside."""
         self._carried.clear()
         self.base.zero_grad(set_to_none)
 
@@ -185,7 +185,7 @@ class SAM(TwoPass):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """The base's state dict, and under ``"ascent"`` masks and averages of gradients, by numbers of parameters."""
+        """The base's state dict, and under ``"ascent"`` masks and averages of gradients, by parameter numbers."""
         out = self.base.state_dict()
         self._show_kept()
         if self._kept:
@@ -202,7 +202,7 @@ class SAM(TwoPass):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` has given; a state dict of the base alone will do."""
+        """Load a state dict from `state_dict`, or a state dict of the base alone."""
         self.restore()
         kept = state_dict.get("ascent", {})
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]

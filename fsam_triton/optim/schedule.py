@@ -1,4 +1,4 @@
-"""Schedule: when a step is sharpness-aware, and with which rho."""
+"""Schedule: which steps are sharpness-aware, and with which rho."""
 
 from __future__ import annotations
 
@@ -12,34 +12,36 @@ from ..errors import check
 
 @dataclass(frozen=True)
 class Schedule:
-    """When a step is sharpness-aware, and with which rho. The other steps are plain AdamWL2SP, with one backward pass.
+    """Which steps are sharpness-aware, and with which rho; the others are plain updates with one backward pass.
 
     Steps count from 0. A step is in range from `first` on; all arguments can be combined.
 
     Args:
-        every: one step in so many is sharpness-aware, beginning with the first in range; >= 1 (default: 1).
+        every: one step in this many is sharpness-aware, beginning with the first in range; >= 1 (default: 1).
         reuse: in the steps between, add the part of the last sharpness-aware gradient that is orthogonal to the plain
-            one, with `reuse` times the norm of the present gradient (alpha of LookSAM, arXiv 2203.02714); >= 0, needs
-            every > 1 (default: 0.0, nothing is added or stored).
+            gradient, scaled to `reuse` times the norm of the current gradient (alpha of LookSAM, arXiv 2203.02714); >=
+            0, needs every > 1 (default: 0.0, nothing is added or stored).
         last: the range is this last fraction of total_steps, rounded, at least one step; in (0, 1], needs total_steps
-            if < 1. Late in training is where sharpness-awareness pays (arXiv 2410.10373). Or ``"decay"``: the range is
-            the steps whose learning rate is lower than the highest one before them, which is what a scheduler makes of
-            it: after a warm-up and a stable phase, a tail that owns the whole decay (arXiv 2609.17575). A learning rate
-            in a tensor on a GPU is then read there at each step (default: 1.0).
-        total_steps: steps of the whole training, >= 1. Later steps are like those at the end (default: None, unknown).
-        rho_warmup: steps, counted from the first one in range, over which rho rises linearly from 0; >= 0, at most the
-            steps in range (default: 0).
-        rho_follows: ``"lr"``: rho falls and rises in proportion with the learning rate, from rho_min where that is 0 to
-            rho where it is lr_max or more (GSAM, arXiv 2203.08065, algorithm 1); it has the learning rate's warm-up, so
-            not with rho_warmup. ``"cosine"``: after rho_warmup, rho falls to rho_min at total_steps on half a cosine;
-            needs total_steps, and not ``last="decay"``. None: rho is constant after rho_warmup (default: None).
+            if < 1. Sharpness-awareness pays late in training (arXiv 2410.10373). Or ``"decay"``: the range is the steps
+            whose learning rate is lower than the highest before them, as set by a scheduler: after a warm-up and a
+            stable phase, this is a tail that covers the whole decay (arXiv 2609.17575). A learning rate in a tensor on
+            a GPU is then read from there at each step (default: 1.0).
+        total_steps: number of steps of the whole training, >= 1. Later steps are like those at the end (default: None,
+            unknown).
+        rho_warmup: number of steps, counted from the first one in range, over which rho rises linearly from 0; >= 0, at
+            most the steps in range (default: 0).
+        rho_follows: ``"lr"``: rho falls and rises in proportion to the learning rate, from rho_min where that is 0 to
+            rho where it is lr_max or more (GSAM, arXiv 2203.08065, algorithm 1). It has the learning rate's warm-up, so
+            it excludes rho_warmup. ``"cosine"``: after rho_warmup, rho falls to rho_min at total_steps along half a
+            cosine; needs total_steps, and excludes ``last="decay"``. None: rho is constant after rho_warmup (default:
+            None).
         rho_min: lowest rho after the warm-up, >= 0, needs rho_follows; a group whose rho is 0 stays at 0 (default:
             0.0).
         lr_max: learning rate at which rho is full, > 0, only with ``rho_follows="lr"`` (default: None, each group's
-            learning rate when the optimizer was made, or the peak of a OneCycleLR).
+            learning rate when the optimizer was created, or the peak of a OneCycleLR).
 
     Raises:
-        ValueError: an argument is out of its range, or lacks or contradicts another.
+        ValueError: an argument is out of its range, lacks another that it needs, or contradicts another.
 
     Example:
         >>> from fsam_triton import Schedule
@@ -92,12 +94,12 @@ class Schedule:
 
     @property
     def by_decay(self) -> bool:
-        """Whether the decay of the learning rate is the range."""
+        """Whether the range is the decay of the learning rate."""
         return self.last == "decay"
 
     @property
     def first(self) -> int:
-        """The first step in range; 0 where the learning rate decides that."""
+        """The first step in range; 0 if the learning rate decides the range."""
         if self.total_steps is None or self.by_decay:
             return 0
         return min(self.total_steps - round(self.last * self.total_steps), self.total_steps - 1)
@@ -107,7 +109,7 @@ class Schedule:
 
         Args:
             step: counted from 0.
-            first: with ``last="decay"`` the first step of the decay (default: None, `first`).
+            first: the first step of the decay, with ``last="decay"`` (default: None, `first`).
         """
         since = step - (self.first if first is None else first)
         return since >= 0 and since % self.every == 0
@@ -119,14 +121,15 @@ class Schedule:
 
         Args:
             step: counted from 0.
-            rho: the group's, its highest.
+            rho: the group's rho, its highest value.
             lr: the group's learning rate at that step, a float or a tensor of one element.
-            lr_max: the group's learning rate when the optimizer was made, > 0; the schedule's own goes before it.
-            first: as `is_sharp`.
+            lr_max: the group's learning rate when the optimizer was created, > 0; the schedule's own lr_max takes
+                precedence.
+            first: as for `is_sharp`.
 
         Returns:
-            A float, or a tensor on the device of `lr` if rho follows a learning rate that is one (nothing waits for the
-            device).
+            A float; or a tensor on the device of `lr`, if rho follows a learning rate in a tensor (nothing waits for
+            the device).
 
         Raises:
             ValueError: rho follows the learning rate and lr_max is 0.
@@ -140,7 +143,7 @@ class Schedule:
         return lowest + (rho - lowest) * self._height(since, lr, lr_max)
 
     def _height(self, since: int, lr: float | Tensor, lr_max: float | Tensor) -> float | Tensor:
-        """Where rho is between its lowest (0) and its highest (1), after the warm-up."""
+        """The position of rho between its lowest value (0) and its highest (1), after the warm-up."""
         if self.rho_follows == "lr":
             full = lr_max if self.lr_max is None else self.lr_max
             check(isinstance(full, Tensor) or full > 0, "lr_max", full, "must be > 0: give Schedule(lr_max=...)")

@@ -1,4 +1,4 @@
-"""TwoPass: the protocol of a sharpness-aware step: climb to w + eps, take the gradient there, descend from w."""
+"""TwoPass: the protocol of a sharpness-aware step: climb to w + eps, compute the gradient there, descend from w."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _FORGOTTEN = 5
 
 
 class TwoPass(Optimizer):
-    """The protocol that `FSAM` and `SAM` share. They have the attributes below, and descend.
+    """The protocol shared by `FSAM` and `SAM`, which have the attributes below and implement the descent.
 
     Attributes:
-        gamma: ESAM's part of the batch for the second gradient.
-        ascent_fraction: the part of the batch for the first one.
-        splits_batches: whether somebody else (Lightning's callback) sees to that part.
+        gamma: ESAM's fraction of the batch for the second gradient.
+        ascent_fraction: the fraction of the batch for the first gradient.
+        splits_batches: whether other code (Lightning's callback) takes that part of the batch.
     """
 
     ledger: Ledger
@@ -53,14 +53,14 @@ class TwoPass(Optimizer):
         raise NotImplementedError
 
     def _check_idle(self) -> None:
-        """Raise a RuntimeError where no step may begin."""
+        """Raise a RuntimeError if no step may begin now."""
 
     def _keep_first_gradients(self, found: Any) -> None:
         """Keep the gradients of the ascent, which are cleared next, if the descent needs them."""
 
     @property
     def _shown(self) -> Any:
-        """Where the lanes are shown."""
+        """The state in which the lanes are shown."""
         return self.state
 
     @property
@@ -80,7 +80,7 @@ class TwoPass(Optimizer):
 
     @property
     def schedule(self) -> Schedule:
-        """When steps are sharpness-aware; from the parameter groups, where a loaded state dict can have changed it."""
+        """The schedule in the parameter groups, where a loaded state dict can have changed it."""
         return rho.schedule_of(self.param_groups)
 
     @property
@@ -90,32 +90,32 @@ class TwoPass(Optimizer):
 
     @property
     def perturbed(self) -> bool:
-        """Whether the parameters hold perturbed weights at this moment."""
+        """Whether the parameters currently hold perturbed weights."""
         return self.ledger.perturbed
 
     @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[..., Any] | None = None, batch: Any = None) -> Any:
-        """Descend, with a closure after an ascent: the whole step; without one: the second half after `perturb`.
+        """Take a step: with a closure, the ascent and the descent; without one, only the descent after `perturb`.
 
         Args:
-            closure: without a batch: zeroes the gradients, evaluates the model, calls backward (for each micro-batch,
-                if gradients are accumulated) and returns the loss. It is called at the weights and, where the schedule
-                says so, again at the perturbed weights (only there if `perturb` was called before). Gradients that
-                are there already count only if it does not zero them. With a batch: ``closure(batch)`` evaluates the
-                model on a batch, which may be a part of the one given, and returns the losses of its samples, [n];
-                zeroing, mean and backward are done here. If it raises, the clean weights are put back.
-            batch: what the closure is called with: tensors, dicts of tensors as transformers makes them, or any nesting
-                (see `select_samples`).
+            closure: without a batch: it zeroes the gradients, evaluates the model, calls backward (for each
+                micro-batch, if gradients are accumulated) and returns the loss. It is called at the weights and, if the
+                schedule says so, again at the perturbed weights (only there if `perturb` was called before). Existing
+                gradients count only if it does not zero them. With a batch: ``closure(batch)`` evaluates the model on a
+                batch, which may be a part of the one given, and returns its per-sample losses, [n]; zeroing, mean and
+                backward are done here. If it raises, the clean weights are put back.
+            batch: the closure's argument: tensors, dicts of tensors as in transformers, or any nesting (see
+                `select_samples`).
 
         Returns:
-            The loss, or the losses [n], at the clean weights (with ``ascent_fraction < 1`` those of that part); None
-            without a closure.
+            The loss, or the losses [n], at the clean weights (with ``ascent_fraction < 1``, those of that part of the
+            batch); None without a closure.
 
         Raises:
             ArgumentError: gamma or ascent_fraction < 1 and no batch was given.
-            RuntimeError: a GradScaler is in use and a closure was given; or the closure returns a loss and has computed
-                no gradients.
+            RuntimeError: a GradScaler is in use and a closure was given; or the closure returned a loss without
+                computing gradients.
         """
         self._check_under_scaler(closure)
         if closure is None:
@@ -192,7 +192,8 @@ class TwoPass(Optimizer):
         return losses.detach()
 
     def _gradients(self) -> list[tuple[weakref.ref[Tensor], int] | None]:
-        """What tells whether a gradient has been computed since, without keeping those that are there."""
+        """A record by which to tell whether gradients have been computed since, without keeping the present ones
+        alive."""
         grads = [p.grad for group in self.param_groups for p in group["params"]]
         return [None if grad is None else (weakref.ref(grad), grad._version) for grad in grads]
 
@@ -213,16 +214,18 @@ class TwoPass(Optimizer):
     @uncompiled
     @torch.no_grad()
     def perturb(self, scaler: GradScaler | None = None) -> None:
-        """Climb: w -> w + eps(w) from the gradients there are, which are cleared. The schedule decides on rho alone.
+        """Climb: w -> w + eps(w) along the existing gradients, which are then cleared. The schedule only determines
+        rho.
 
-        Until `step` or `restore`, `state_dict()` of the model shows clean weights.
+        Until `step` or `restore`, the model's `state_dict()` shows clean weights.
 
         Args:
-            scaler: the GradScaler by which the gradients are scaled. eps is that of the unscaled gradients; if they
-                overflowed it is zero, and a mask that is due waits for the next ascent (default: None).
+            scaler: the GradScaler by which the gradients are scaled. eps is computed from the unscaled gradients; if
+                they overflowed, eps is zero, and a mask that is due waits for the next ascent (default: None).
 
         Raises:
-            RuntimeError: the parameters are perturbed already, or none has a gradient, or the scaler has unscaled them.
+            RuntimeError: the parameters are already perturbed, or none has a gradient, or the scaler has unscaled the
+                gradients.
         """
         if self.perturbed:
             raise RuntimeError("perturb() was called twice: call step() or restore() in between")
@@ -255,12 +258,13 @@ class TwoPass(Optimizer):
         self._carried.clear()
 
     def carry_gradients(self) -> None:
-        """Take the gradients that there are out of the coming ascent: the update will descend with them, too.
+        """Keep the existing gradients out of the coming ascent: the update will descend with them, too.
 
-        For a loss of two terms of which one is to be flat, such as unlearning that is to last (arXiv 2502.05374): the
-        gradient of the other term, at the weights, is set aside here. `perturb` climbs by the gradient that comes after
-        it, and then puts the one set aside into ``p.grad``, to which the second backward pass adds. In a step that is
-        not sharpness-aware nothing is to be done, and nothing is: backward passes add up anyway.
+        Use this for a loss of two terms, only one of which is to be flat, such as unlearning that is to last (arXiv
+        2502.05374). The gradient of the other term, at the weights, is set aside here. `perturb` climbs along the
+        gradient that comes after it, and then puts the gradient set aside into ``p.grad``, to which the second backward
+        pass adds. In a step that is not sharpness-aware this method does nothing, because backward passes add up
+        anyway.
 
         Example:
             >>> import torch
@@ -282,7 +286,7 @@ class TwoPass(Optimizer):
             ...     optimizer.step()
 
         Raises:
-            RuntimeError: the parameters are perturbed already, or gradients have been set aside.
+            RuntimeError: the parameters are already perturbed, or gradients have already been set aside.
         """
         if self.perturbed or self._carried:
             raise RuntimeError("carry_gradients() is for the gradients before perturb(), once per step")
@@ -296,7 +300,7 @@ class TwoPass(Optimizer):
 
     @uncompiled
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, as `torch.optim.Optimizer.zero_grad`, and what `carry_gradients` has set aside."""
+        """Clear the gradients, as `torch.optim.Optimizer.zero_grad`, and those that `carry_gradients` has set aside."""
         self._carried.clear()
         super().zero_grad(set_to_none)
 
@@ -307,12 +311,13 @@ class TwoPass(Optimizer):
 
     @contextlib.contextmanager
     def ascent_pass(self) -> Iterator[None]:
-        """Around the first forward and backward pass: leaves out weight gradients that the perturbation does not need.
+        """Use around the first forward and backward pass: it skips weight gradients that the perturbation does not
+        need.
 
-        Those are of the tensors that are not drawn (``beta_per="tensor"``), and of the unselected tensors of a
-        ``FisherMask(unit="tensor")`` with ``mask_norm="masked"`` between two choices. Their ``requires_grad`` is off
-        inside. Nothing is left out as long as none of the other tensors was ever updated: the loss might not depend on
-        them. `step` with a closure does it by itself.
+        These are the gradients of tensors that are not drawn (``beta_per="tensor"``), and of the unselected tensors of
+        a ``FisherMask(unit="tensor")`` with ``mask_norm="masked"`` between two selections. Their ``requires_grad`` is
+        off inside the block. Nothing is skipped as long as none of the other tensors has ever been updated, because the
+        loss might not depend on them. `step` with a closure does this by itself.
         """
         frozen: list[Parameter] = []
         if self.is_sharp and not self.perturbed:
@@ -329,7 +334,8 @@ class TwoPass(Optimizer):
 
     @contextlib.contextmanager
     def perturbed_weights(self) -> Iterator[None]:
-        """Perturb inside the block from the gradients there are (which are cleared), restore at its end in any case."""
+        """Inside the block the weights are perturbed along the existing gradients, which are cleared; always restores
+        them."""
         self.perturb()
         try:
             yield
@@ -337,11 +343,11 @@ class TwoPass(Optimizer):
             self.restore()
 
     def first_step(self, zero_grad: bool = False) -> None:
-        """`perturb`, by the name other SAM optimizers have for it. Gradients are cleared either way."""
+        """`perturb`, under the name that other SAM optimizers use. Gradients are cleared either way."""
         self.perturb()
 
     def second_step(self, zero_grad: bool = False) -> None:
-        """`step`, by the name other SAM optimizers have for it, and `zero_grad` if asked."""
+        """`step`, under the name that other SAM optimizers use, and `zero_grad` if asked for."""
         self.step()
         if zero_grad:
             self.zero_grad()
@@ -354,13 +360,14 @@ class TwoPass(Optimizer):
 
     @torch.no_grad()
     def clean_weight(self, p: Tensor) -> Tensor | None:
-        """The clean weights of a parameter that is perturbed at this moment, as a tensor like it.
+        """The clean weights of a parameter that is currently perturbed, as a tensor like it.
 
         Args:
             p: any tensor.
 
         Returns:
-            What `restore` would put back, or None if p is not perturbed, or not a parameter of this optimizer.
+            The weights that `restore` would put back, or None if p is not perturbed, or is not a parameter of this
+            optimizer.
         """
         return self.ledger.clean_weight(p)
 
@@ -373,13 +380,13 @@ class TwoPass(Optimizer):
 
     @torch.no_grad()
     def mask_of(self, p: Tensor) -> Tensor:
-        """What `perturb` moves of a parameter, apart from what beta draws.
+        """The weights of a parameter that `perturb` moves, apart from beta's random choice.
 
         Args:
             p: one of the optimizer's parameters.
 
         Returns:
-            bool tensor in the parameter's shape. Before the first perturbation a `FisherMask` has chosen nothing.
+            A bool tensor in the parameter's shape. Before the first perturbation, a `FisherMask` has selected nothing.
 
         Raises:
             ArgumentError: p is not a parameter of this optimizer.
@@ -394,12 +401,12 @@ class TwoPass(Optimizer):
 
     @torch.no_grad()
     def mask_density(self) -> dict[str, float]:
-        """How much of each parameter the mask lets `perturb` move; it waits for the device.
+        """The share of each parameter that `perturb` moves under the mask; waits for the device.
 
         Returns:
-            For each parameter, by name or (the optimizer was given no names) by position over all groups as a string,
-            the fraction of its weights: 1.0 or 0.0 for one that the mask does not choose from, 0.0 for a frozen one,
-            and for any other before the first perturbation.
+            For each parameter, by name or, if the optimizer was given no names, by position over all groups as a
+            string, the fraction of its weights: 1.0 or 0.0 for a parameter that the mask does not select from, 0.0 for
+            a frozen parameter, and 0.0 for any other before the first perturbation.
 
         Raises:
             RuntimeError: the optimizer has no mask.
