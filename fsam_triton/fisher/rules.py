@@ -175,8 +175,7 @@ def _conv2d(passes: HookedPasses, input, weight, bias=None, stride=1, padding=0,
 
 
 def _broadcast(func: Callable, passes: HookedPasses, *args, in_place: bool = False, **kwargs):
-    """Sums, products and expand: one copy of the parameter per sample (which takes no memory) receives the
-    gradients."""
+    """Sums, products and expand: one copy of the parameter per sample, without memory, receives the gradients."""
     if any(map(passes.special, kwargs.values())) or (in_place and passes.special(args[0])):
         return NotImplemented
     if func is torch.Tensor.expand:

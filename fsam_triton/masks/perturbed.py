@@ -18,8 +18,7 @@ _UNITS = ("element", "tensor", "row", 32, 128)
 
 @dataclasses.dataclass(frozen=True)
 class FisherMask:
-    """Selects the weights that a sharpness-aware step perturbs: those with the largest Fisher information (arXiv
-    2210.05497).
+    """Selects the weights that SAM perturbs: those with the largest Fisher information (arXiv 2210.05497).
 
     All weights are trained, whatever the mask. (The other mask, `FishMask`, selects the weights that are trained; an
     optimizer takes it as ``trainable``.) A `FisherMask` is an immutable set of options: the optimizer keeps the

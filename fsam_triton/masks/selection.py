@@ -159,8 +159,7 @@ def kth_largest(parts: Sequence[tuple[Lanes | None, Tensor]], k: int) -> tuple[T
 
 
 def select_top_k(selectable: Selectable, scores: Sequence[Tensor], k: int) -> None:
-    """Write the masks of the selectable parameters: the k largest magnitudes over all of them; of equal ones, the
-    first.
+    """Write the masks of the selectable parameters: the k largest magnitudes overall; of equal ones, the first.
 
     Args:
         selectable: whose masks are written.

@@ -263,14 +263,12 @@ class FishMask:
         )
 
     def overlap(self, other: FishMask) -> float:
-        """The overlap of two masks: weights selected by both over weights selected by either (Jaccard); 1 if none
-        is."""
+        """The overlap of two masks: weights in both over weights in either (Jaccard); 1 if both are empty."""
         either = (self | other).count
         return (self & other).count / either if either else 1.0
 
     def split(self, n: int) -> list[FishMask]:
-        """Divide the selected weights of all tensors among n masks: mask i gets every n-th weight, starting with the
-        i-th.
+        """Divide the selected weights of all tensors among n masks: mask i gets every n-th weight from the i-th on.
 
         Raises:
             ValueError: n < 1.
@@ -338,8 +336,7 @@ def _positions(words: Tensor) -> Tensor:
 
 
 def encode_mask(mask: FishMask) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A mask as tensors and JSON: the gaps between indices, in the smallest type; none for tensors selected as a
-    whole."""
+    """A mask as tensors and JSON: gaps between indices, in the smallest type; none for wholly selected tensors."""
     shapes = mask.shapes
     indices = {name: own for name, own in mask._indices.items() if len(own)}
     whole = [name for name, own in indices.items() if len(own) == shapes[name].numel()]

@@ -196,8 +196,7 @@ class MomentumSAM(FusedOptimizer):
 
     @uncompiled
     def perturb(self) -> None:
-        """Perturb the parameters by hand, for the forward passes until `step`; does nothing if they are already
-        perturbed.
+        """Perturb the parameters by hand, for the forward passes until `step`; does nothing if they are perturbed.
 
         Until `step` or `restore`, forward passes are not watched: even in eval mode they see perturbed weights.
 

@@ -274,8 +274,7 @@ class FusedOptimizer(Optimizer):
                     check_shards_of_codes(label, p)
 
     def _check_anchors(self) -> None:
-        """Refuse anchors that fit no parameter's name, or were meant for a parameter that would otherwise decay to
-        zero."""
+        """Refuse anchors that fit no parameter's name, or were meant for one that would otherwise decay to zero."""
         groups = [group for group in self.param_groups if group["l2_sp"] > 0]
         if self.anchors == "initial" or not self.anchors or not groups:
             return
@@ -640,8 +639,7 @@ class FusedOptimizer(Optimizer):
 
     @torch.no_grad()
     def set_trained_weights(self, weights: Iterable[Tensor]) -> None:
-        """Write weights like those of `trained_weights` into parameters and master weights, which must not be
-        perturbed."""
+        """Write weights like those of `trained_weights` into parameters and master weights while not perturbed."""
         values = iter(weights)
         for lanes in self.ledger:
             lanes.set_exact([next(values) for _ in range(len(lanes))])
@@ -693,8 +691,7 @@ class FusedOptimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of an optimizer of this kind, or of torch.optim's optimizer of the same rule; values are
-        copied.
+        """Load the state of an optimizer of this kind, or of torch.optim's of the same rule; values are copied.
 
         Load the model's own weights first. If the state has no average of the weights, the average starts from them.
 

@@ -192,8 +192,7 @@ class TwoPass(Optimizer):
         return losses.detach()
 
     def _gradients(self) -> list[tuple[weakref.ref[Tensor], int] | None]:
-        """A record by which to tell whether gradients have been computed since, without keeping the present ones
-        alive."""
+        """A record that shows whether gradients have been computed since, without keeping the present ones alive."""
         grads = [p.grad for group in self.param_groups for p in group["params"]]
         return [None if grad is None else (weakref.ref(grad), grad._version) for grad in grads]
 
@@ -214,8 +213,7 @@ class TwoPass(Optimizer):
     @uncompiled
     @torch.no_grad()
     def perturb(self, scaler: GradScaler | None = None) -> None:
-        """Climb: w -> w + eps(w) along the existing gradients, which are then cleared. The schedule only determines
-        rho.
+        """Climb: w -> w + eps(w) along the existing gradients, which are then cleared. The schedule only sets rho.
 
         Until `step` or `restore`, the model's `state_dict()` shows clean weights.
 
@@ -311,8 +309,7 @@ class TwoPass(Optimizer):
 
     @contextlib.contextmanager
     def ascent_pass(self) -> Iterator[None]:
-        """Use around the first forward and backward pass: it skips weight gradients that the perturbation does not
-        need.
+        """Use around the first forward and backward pass: skips weight gradients that the perturbation does not need.
 
         These are the gradients of tensors that are not drawn (``beta_per="tensor"``), and of the unselected tensors of
         a ``FisherMask(unit="tensor")`` with ``mask_norm="masked"`` between two selections. Their ``requires_grad`` is
@@ -334,8 +331,7 @@ class TwoPass(Optimizer):
 
     @contextlib.contextmanager
     def perturbed_weights(self) -> Iterator[None]:
-        """Inside the block the weights are perturbed along the existing gradients, which are cleared; always restores
-        them."""
+        """Perturb inside the block along the existing gradients, which are cleared; restore at its end in any case."""
         self.perturb()
         try:
             yield
