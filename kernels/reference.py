@@ -1,7 +1,7 @@
-"""The passes in plain PyTorch: the oracle of the kernels and of the C++, and what runs where no compiler is found.
+"""The passes in plain PyTorch: the oracle for the kernels and the C++, and the fallback without a compiler.
 
 The functions of a pass work on one segment, in flat tensors; `norm_sq`, `gap`, `perturb_` and `descend_` at the end run
-them over all segments of a launch. A mask is int32 words, bit i % 32 of word i // 32 for element i.
+them over all segments of a launch. A mask is int32 words: bit i % 32 of word i // 32 belongs to element i.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def random_bits(like: Tensor, key: Tensor) -> Tensor:
 
 
 def normals(like: Tensor, key: Tensor) -> Tensor:
-    """A nearly Gaussian number for each element of `like`, fp32 or fp64 as that is computed in.
+    """A nearly Gaussian number for each element of `like`, fp32 or fp64 according to its compute type.
 
-    A cubic polynomial of the sum of four bytes, which are uniform over the generator's whole cycle of 2**32 numbers.
-    Over it mean and skewness are 0, the variance is 1 and the kurtosis 3, as those of a Gaussian, to six digits; the
-    distribution function is within 0.0021 of a Gaussian's, the sixth moment is 14.46 instead of 15, and no number is
-    larger than 4.05. Numbers with other keys are those of another place in the same cycle.
+    It is a cubic polynomial of the sum of four bytes, which are uniform over the generator's whole cycle of 2**32
+    numbers. Over the cycle, mean and skewness are 0, the variance is 1 and the kurtosis 3, as for a Gaussian, to six
+    digits; the distribution function is within 0.0021 of a Gaussian's, the sixth moment is 14.46 instead of 15, and no
+    number is larger than 4.05. Another key gives the numbers from another place in the same cycle.
 
     Args:
         like: of any shape, taken in the order of memory if it is dense.
@@ -58,14 +58,14 @@ def normals(like: Tensor, key: Tensor) -> Tensor:
 
 
 def add_noise_(out: Tensor, weight: Tensor, scale: Tensor, key: int, by_column: bool) -> None:
-    """out <- weight + scale z, with nearly Gaussian z (see `normals`) that depend on the key and the place alone.
+    """out <- weight + scale z, with nearly Gaussian z (see `normals`) that depend only on the key and the place.
 
     Args:
         out: [rows, columns], contiguous, of any float type; may be the weight itself; written.
         weight: [rows, columns], contiguous.
         scale: of the noise, [rows], or [columns] if `by_column`, in the type that the weight is computed in.
         key: of the random numbers, in [0, 2**32).
-        by_column: each column has a scale of its own, instead of each row.
+        by_column: each column has its own scale, instead of each row.
     """
     z = normals(weight.view(-1), torch.tensor(key, device=weight.device)).view_as(weight)
     out.copy_(weight.to(z.dtype) + (scale if by_column else scale[:, None]) * z)
@@ -308,8 +308,8 @@ def norm_sq(
         segments: gradients in any float type, or codes of a lane in 8 bits; and weights.
         adaptive: scale by the weights.
         mask: int32 [size / 32], sum over these coordinates only; None for all.
-        scale: bf16 [size / 32], of gradients that are codes; else None.
-        along: what d is made of; None for the gradient.
+        scale: bf16 [size / 32], for gradients that are codes; otherwise None.
+        along: the tensors from which d is computed; None for the gradient.
 
     Returns:
         fp64 scalar; inf or NaN if any element is, counted or not, or if the sum of a chunk overflows the compute type.
@@ -329,7 +329,7 @@ def norms_sq(segments: Segments) -> Tensor:
         segments: gradients in any float type.
 
     Returns:
-        fp64 [segments]; 0 of one that takes no part, inf or NaN as `norm_sq`.
+        fp64 [segments]; 0 for a segment that takes no part, inf or NaN as for `norm_sq`.
     """
     total = torch.zeros(len(segments.active), dtype=torch.float64, device=segments.plan.device)
     for i in _active(segments):
@@ -363,20 +363,20 @@ def perturb_(
 ) -> None:
     """backup <- w, w <- round(w + scale s d), s = w^2 (ASAM, arXiv 2102.11600 eq. 9) or 1 (SAM, 2010.01412 eq. 2).
 
-    Where eps is not finite the weight stays. With `random` each coordinate moves with a probability of its own draw
-    only (ESAM's stochastic weight perturbation, arXiv 2110.03141, section 3.1).
+    A weight whose eps is not finite stays. With `random`, each coordinate moves only with a probability of its own draw
+    (ESAM's stochastic weight perturbation, arXiv 2110.03141, section 3.1).
 
     Args:
         segments: weights, written; gradients in any float type, or codes of a lane in 8 bits.
         backup: lane in the weights' type [size]; written. Or int8 for 16-bit weights: weights move by at most 127 steps
-            of their type, and the steps are what is kept; see `formats.displace`.
+            of their type, and the lane keeps the number of steps; see `formats.displace`.
         mask: int32 [size / 32], only these coordinates move; None for all.
         coef: [segments, len(spec.PERTURB)], fp64 for fp64 weights, else fp32.
         key: of the random numbers, int32 [segments].
         adaptive: ASAM's scaling.
         stochastic: round 16-bit weights stochastically.
         random: move a random part of the coordinates.
-        scale: bf16 [size / 32], of gradients that are codes; else None.
+        scale: bf16 [size / 32], for gradients that are codes; otherwise None.
         along: what d is made of; None for the gradient. "less_average" writes the average, except where it is not
             finite, and of segments whose scale is 0.
     """
@@ -413,21 +413,22 @@ def descend_(
     A coordinate whose new state is not finite keeps its clean weight and its state; a factor of NaN skips the update.
 
     Args:
-        segments: weights, written; gradients and other gradients in the weights' type; where the clean weights are.
+        segments: weights, written; gradients and second gradients in the weights' type; the places of the clean
+            weights.
         state: the rule's lanes (`spec.STATE`), one float type [size]; written. Or codes, see `formats.encode`.
         remainder: of master weights, int16 or int8 (bf16) or int32 (fp16) [size]; written; see `formats.combine`. None
             without them.
         anchor: in the weights' type [size]; None to decay to zero.
         ema: average of the clean weights, in the compute type [size]; written; or None.
-        orthogonal: in the weights' type [size]: gets `grad - other * other_grad` (LookSAM's component, to be used
+        orthogonal: in the weights' type [size]: receives `grad - other * other_grad` (LookSAM's component, to be used
             again), and the other gradients are not added; or None.
         coef: [segments, len(spec.DESCEND[rule])], fp64 for fp64 weights, else fp32: the compute type.
         key: of the random numbers, int32 [segments].
         rule: a name in `spec.DESCEND`.
         stochastic: round 16-bit weights without a remainder, 16-bit second moments, codes and 24-bit master weights
             stochastically.
-        scales: of codes, bf16 [size / 32], one for each lane of the state; written. Empty for floats.
-        steps: int8 [size], how far 16-bit weights have been moved from clean ones, see `formats.displace`; or None.
+        scales: the scales of codes, bf16 [size / 32], one for each lane of the state; written. Empty for floats.
+        steps: int8 [size], how far 16-bit weights have moved from the clean ones, see `formats.displace`; or None.
     """
     lanes = [steps, remainder, anchor, ema, orthogonal]
     for i in _active(segments):
@@ -451,7 +452,7 @@ def magnitude_key(values: Tensor, wide: bool) -> Tensor:
 
 
 def digit_histogram(values: Tensor, prefix: Tensor, shift: int, bits: int, wide: bool) -> Tensor:
-    """How many keys agree with `prefix` above the digit, by the value of the digit.
+    """The number of keys that agree with `prefix` above the digit, for each value of the digit.
 
     Args:
         values: floats [n]; their keys are `magnitude_key(values, wide)`.
@@ -532,7 +533,7 @@ def _in_memory(tensor: Tensor) -> Tensor:
 def linear_fisher_(fisher: Tensor, inputs: Tensor, output_grads: Tensor, absolute: bool) -> None:
     """fisher <- fisher + sum_b (D_b^T A_b)^2: a linear layer's part of the Fisher information (2111.09839, eq. 6).
 
-    One sample's gradient is in memory at a time, or 2**16 elements of several: what stays in the cache.
+    Only one sample's gradient is in memory at a time, or 2**16 elements of several, which stay in the cache.
 
     Args:
         fisher: fp32 [out, in], or fp64 for fp64 inputs; written.

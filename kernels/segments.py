@@ -1,4 +1,4 @@
-"""Segments: the tensors that one launch works on where they are, and where each of them begins in the lanes."""
+"""Segments: the tensors that one launch works on, wherever they are, and where each of them begins in the lanes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _address_of = Tensor.data_ptr
 
 
 class Plan:
-    """How segments of certain lengths lie in lanes, and which program of a launch works on which of them.
+    """The layout of segments of given lengths in lanes, and which program of a launch works on which of them.
 
     Args:
         lengths: elements of each segment.
         device: of the lanes.
 
     Attributes:
-        offsets: where each segment begins, multiples of `spec.ALIGN`.
+        offsets: the beginning of each segment, a multiple of `spec.ALIGN`.
         size: elements of a lane; gaps between segments hold zeros.
-        blocks, chunks: how many there are, of all segments.
+        blocks, chunks: their numbers, over all segments.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
@@ -46,7 +46,7 @@ class Plan:
         self._alone: dict[int, Plan] = {}
 
     def segment_of(self, what: str) -> Tensor:
-        """The segment of each of the "blocks" or "chunks", int32 on the device; made when first asked for."""
+        """The segment of each of the "blocks" or "chunks", int32 on the device; computed on first use."""
         if what not in self._maps:
             counts = self._blocks_of if what == "blocks" else self._chunks_of
             host = torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int32), counts))
@@ -54,7 +54,7 @@ class Plan:
         return self._maps[what]
 
     def sums(self, partial: Tensor) -> Tensor:
-        """The sums over each segment of numbers for the chunks [chunks], in a fixed order, [segments]."""
+        """The sums over each segment of numbers per chunk [chunks], in a fixed order, [segments]."""
         if self._ends is None:
             ends = np.concatenate([[0], self._chunks_of.cumsum()])
             self._ends = upload(torch.from_numpy(ends), self.device)
@@ -62,7 +62,7 @@ class Plan:
         return torch.segment_reduce(partial, "sum", offsets=self._ends, unsafe=True)
 
     def only(self, i: int) -> Plan:
-        """The same lanes with programs for segment i alone, for launches in which no other takes part."""
+        """The same lanes with programs for segment i alone, for launches in which no other segment takes part."""
         if i not in self._alone:
             plan = Plan([n if j == i else 0 for j, n in enumerate(self.lengths)], self.device)
             plan.template[:, _COLUMN["offset"]] = self.template[:, _COLUMN["offset"]]
@@ -75,23 +75,22 @@ class Plan:
         return lane[self.offsets[i] : self.offsets[i] + self.lengths[i]]
 
     def words(self, mask: Tensor, i: int) -> Tensor:
-        """Segment i's words of a mask, int32 [size / 32]: bit j % 32 of word j // 32 is that of element j."""
+        """Segment i's words of a mask, int32 [size / 32]: bit j % 32 of word j // 32 belongs to element j."""
         start = self.offsets[i] // 32
         return mask[start : start - (-self.lengths[i] // 32)]
 
 
 class Segments:
-    """The segments of one launch, all of one device. Tensors are dense, and read and written in the order of memory.
+    """The segments of one launch, all on one device. Tensors are dense, and read and written in memory order.
 
     Args:
-        plan: of the lanes.
-        weight: the weights; or None for a segment that takes no part.
-        grad: the gradients, or whatever takes their place, in any one float type; None where there is none, which
-            takes no part either.
-        clean: where an update reads the clean weights (default: `weight`).
+        plan: the plan of the lanes.
+        weight: the weights; None for a segment that takes no part.
+        grad: the gradients, or tensors in their place, in any one float type; a segment with None takes no part either.
+        clean: the tensors from which an update reads the clean weights (default: `weight`).
         other: second gradients, in the type of the first.
-        uploaded: the last table of the same plan, which is taken again if it is the same.
-        known: the addresses of whole lists of tensors that are given above, by the lists' ids.
+        uploaded: the last table of the same plan, which is used again if it is the same.
+        known: the addresses of whole lists of tensors given above, by the lists' ids.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class Segments:
         return self.tensors[column][self._first].dtype
 
     def flat(self, column: str, i: int) -> Tensor | None:
-        """Segment i's tensor of a column, flat in the order of memory: the same memory."""
+        """Segment i's tensor of a column, flat in memory order: a view of the same memory."""
         if self.tensors[column] is None:
             return None
         tensor = self.tensors[column][i].detach()

@@ -1,4 +1,4 @@
-"""FSAM in Lightning's Trainer, where its own loop would not make whole sharpness-aware steps."""
+"""FSAM in Lightning's Trainer, where Lightning's own loop would not take whole sharpness-aware steps."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ except ImportError:
 
 
 class SharpnessAware(Callback):
-    """Makes every step of automatic optimization a whole sharpness-aware step; without it that is so in fp32 and bf16.
+    """Makes every step of automatic optimization a whole sharpness-aware step, as in fp32 and bf16 without it.
 
-    - ``accumulate_grad_batches > 1``: Lightning evaluates the last micro-batch alone a second time; this callback
-      passes the others again too.
+    - ``accumulate_grad_batches > 1``: Lightning evaluates only the last micro-batch a second time; this callback
+      evaluates the other micro-batches again too.
     - ``precision="16-mixed"``: Lightning evaluates once, which is plain AdamW; this callback calls ``perturb(scaler)``
-      and passes all micro-batches again.
-    - ``precision="bf16-mixed"`` with ``gradient_clip_val``: Lightning refuses that; with this callback it clips.
+      and evaluates all micro-batches again.
+    - ``precision="bf16-mixed"`` with ``gradient_clip_val``: Lightning refuses this; with the callback it clips.
     - an optimizer with ``ascent_fraction < 1``: the first pass sees that part of each micro-batch.
 
-    The micro-batches of a step are kept until the next one. The second pass calls ``training_step`` and
+    The micro-batches of a step are kept until the next step. The second pass calls ``training_step`` and
     ``on_after_backward`` again.
 
     Example:
@@ -96,7 +96,7 @@ class SharpnessAware(Callback):
 
 
 def _in_part(training_step: Callable[..., Any], optimizer: TwoPass) -> Callable[..., Any]:
-    """`training_step` with a part of the batch in the first pass of a sharpness-aware step."""
+    """`training_step` with part of the batch in the first pass of a sharpness-aware step."""
 
     @functools.wraps(training_step)
     def step(batch: Any, *args: Any, **kwargs: Any) -> Any:

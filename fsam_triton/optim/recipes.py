@@ -25,29 +25,31 @@ def arguments_of(
     rho_min: float | None = None,
     **fsam: Any,
 ) -> dict[str, Any]:
-    """Arguments of `FSAM` that do what the FSAM code (github.com/WHU-ZQH/FSAM4PLM) does for a sam_type.
+    """Arguments of `FSAM` that reproduce the FSAM code (github.com/WHU-ZQH/FSAM4PLM) for a sam_type.
 
-    Its scripts pass rho, beta, gamma and mask_iter_e to every type, so every type takes them, and keep_ratio; a type
-    that has no use for one checks it all the same.
+    Its scripts pass rho, beta, gamma and mask_iter_e to every type, so every type takes them, and keep_ratio too. A
+    type that does not use an argument still checks it.
 
     Args:
         sam_type: one of `SAM_TYPES`.
-        rho: radius; for the gsam types with max_updates_gsam the highest; >= 0.
+        rho: radius, >= 0; for the gsam types with max_updates_gsam, the highest radius.
         alpha: GSAM's weight of the surrogate gap, >= 0 (default: 0.4; only for the gsam types).
-        beta: the esam types' part of the tensors that is perturbed, in (0, 1].
-        gamma: the esam types' part of the batch for the second gradient, in (0, 1].
-        keep_ratio: the fisher types' part of the selectable weights that is perturbed, in (0, 1].
-        mask_iter_e: the fisher types choose the mask again every so many steps, >= 1.
-        max_updates_gsam: over so many steps rho falls to rho_min on half a cosine (gsam types; default: 0, constant).
-        warmup_updates_gsam: before that, rho rises over so many of these steps.
-        rho_min: where rho ends (default: rho / 10, as 0.01 and 0.001 in the FSAM code).
-        **fsam: any other argument of FSAM; it goes before what is made here.
+        beta: for the esam types, the fraction of the tensors that is perturbed, in (0, 1].
+        gamma: for the esam types, the fraction of the batch for the second gradient, in (0, 1].
+        keep_ratio: for the fisher types, the fraction of the selectable weights that is perturbed, in (0, 1].
+        mask_iter_e: the fisher types select the mask again after this many steps, >= 1.
+        max_updates_gsam: number of steps over which rho falls to rho_min along half a cosine (gsam types; default: 0,
+            constant).
+        warmup_updates_gsam: number of these steps over which rho first rises.
+        rho_min: the final rho (default: rho / 10, as 0.01 and 0.001 in the FSAM code).
+        **fsam: any other argument of FSAM; it takes precedence over the arguments made here.
 
     Returns:
         Keyword arguments of FSAM.
 
     Raises:
-        ValueError: sam_type is unknown, an argument is out of its range, or only the gsam types have one that is given.
+        ValueError: sam_type is unknown, an argument is out of its range, or an argument for the gsam types is given to
+            another.
     """
     check(sam_type in SAM_TYPES, "sam_type", sam_type, f"must be one of {', '.join(SAM_TYPES)}")
     check(rho >= 0, "rho", rho, "must be >= 0")
