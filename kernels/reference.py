@@ -377,8 +377,8 @@ def perturb_(
         stochastic: round 16-bit weights stochastically.
         random: move a random part of the coordinates.
         scale: bf16 [size / 32], for gradients that are codes; otherwise None.
-        along: what d is made of; None for the gradient. "less_average" writes the average, except where it is not
-            finite, and of segments whose scale is 0.
+        along: the tensors from which d is computed; None for the gradient. "less_average" writes the average, except
+            where it is not finite, and except for segments whose scale is 0.
     """
     for i in _active(segments):
         words = None if mask is None else segments.plan.words(mask, i)
