@@ -1,4 +1,4 @@
-"""Suggests a rho for SAM as a learning-rate finder suggests a learning rate: by the loss over a range of it."""
+"""Suggests a rho for SAM, as a learning-rate finder suggests a learning rate: from the loss over a range of rho."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class RhoSearch:
 
     Attributes:
         rho: the suggestion.
-        rise: part of the loss by which the suggested perturbation raises it.
+        rise: fraction of the loss by which the suggested perturbation raises it.
         loss: mean loss at the weights.
-        rhos: the lengths that were tried, ascending.
+        rhos: the tested lengths, ascending.
         losses: mean loss at each; infinite where it is not finite.
     """
 
@@ -51,28 +51,28 @@ def find_rho(
     rhos: Sequence[float] = RHOS,
     num_batches: int = 2,
 ) -> RhoSearch:
-    """Suggest SAM's rho: the one whose perturbation raises the loss of a batch by a given part of it.
+    """Suggest SAM's rho: the length whose perturbation raises a batch's loss by a given fraction of the loss.
 
     Each batch is perturbed along its own gradient g_b, as SAM's step does (arXiv 2010.01412), over a range of rho:
 
         L(rho) = mean over batches of L_b(w + rho * g_b / norm(g_b)),   suggested: L(rho) = (1 + rise) * L(0)
 
-    Between two lengths, and from zero to the shortest one, L is taken to be linear. If even the longest one raises it
-    by less, that is suggested. Ask at the weights that training starts from: the default of `rise` was calibrated
-    there. What stays as it was: as for `m_sharpness`.
+    Between two lengths, and from zero to the shortest one, L is assumed to be linear. If even the longest one raises
+    the loss by less, the longest is suggested. Call this with the weights from which training starts: the default of
+    `rise` was calibrated there. The model and random states are left alone, as by `m_sharpness`.
 
     Args:
         model: as for `m_sharpness`.
         loss: ``loss(model, batch)`` returns the mean loss of a batch, a scalar tensor > 0.
-        batches: training batches as large as training has them, since gradients of large batches are shorter; a
+        batches: training batches of the size used in training, since gradients of large batches are shorter; a
             DataLoader or list, of which the first `num_batches` are read.
         rise: see above, > 0 (default: 0.01).
         rhos: lengths to try, > 0, ascending (default: nine from 0.001 to 0.256, each twice the one before).
-        num_batches: batches to read, >= 1 (default: 2). Each takes ``1 + len(rhos)`` forward passes and a backward
-            pass.
+        num_batches: number of batches to read, >= 1 (default: 2). Each takes ``1 + len(rhos)`` forward passes and a
+            backward pass.
 
     Returns:
-        The suggestion, and the losses that it follows from.
+        The suggestion, and the losses from which it follows.
 
     Raises:
         ValueError: an argument is out of its range, there are no batches, `loss` returns no scalar or one that is not
@@ -119,7 +119,7 @@ def _value_at(mean: MeanLoss, i: int, direction: Vector, length: float) -> float
 
 
 def _reached(rhos: Sequence[float], losses: Sequence[float], start: float, target: float) -> float:
-    """Where a line through the losses first reaches the target."""
+    """The rho at which a line through the losses first reaches the target."""
     points = [(0.0, start), *zip(rhos, losses, strict=True)]
     for (rho, low), (longer, high) in itertools.pairwise(points):
         if high == math.inf:
@@ -132,7 +132,7 @@ def _reached(rhos: Sequence[float], losses: Sequence[float], start: float, targe
 
 
 def draw_rho_search(search: RhoSearch, axes: Axes, label: str | None = None) -> None:
-    """Draw the losses over rho, and where the suggestion is."""
+    """Draw the losses over rho, and the suggestion."""
     finite = [(rho, loss) for rho, loss in zip(search.rhos, search.losses, strict=True) if loss < math.inf]
     (line,) = axes.plot(*zip(*finite, strict=True), marker=".", label=label)
     axes.axhline(search.loss, color=line.get_color(), linewidth=0.8)
@@ -145,8 +145,8 @@ def plot_rho_search(search: RhoSearch, path: str | os.PathLike[str]) -> None:
     """Draw how the loss rises with rho: the curve, the loss at the weights, and the suggestion as a dotted line.
 
     Args:
-        search: of `find_rho`.
-        path: where to; the image's type follows the suffix.
+        search: the result of `find_rho`.
+        path: the file to write; its suffix decides the type of the image.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Sharpness-aware steps for transformers' Trainer, and optimizers made from its TrainingArguments."""
+"""Sharpness-aware steps for transformers' Trainer, and optimizers created from its TrainingArguments."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ def create_optimizer(
     decays: Collection[str] | None = None,
     **kwargs: Any,
 ) -> AdamWL2SP:
-    """An optimizer with the groups that Trainer makes, with names, and what the TrainingArguments say of AdamW.
+    """An optimizer with Trainer's groups, parameter names, and the TrainingArguments' settings for AdamW.
 
     Args:
-        model: its trainable parameters are moved into the optimizer's buffers.
-        args: learning_rate, adam_beta1, adam_beta2, adam_epsilon, weight_decay and seed are read. ``optim`` is not, nor
-            max_grad_norm: Trainer clips by itself.
+        model: the model whose trainable parameters the optimizer gets.
+        args: learning_rate, adam_beta1, adam_beta2, adam_epsilon, weight_decay and seed are read. ``optim`` and
+            max_grad_norm are not: Trainer itself clips.
         optimizer_cls: FSAM, MomentumSAM or AdamWL2SP (default: FSAM).
-        novel: names of parameters that have no pre-trained value, the ``missing_keys`` of ``from_pretrained(...,
-            output_loading_info=True)`` say: with ``l2_sp`` they decay to zero, all others to their present values
-            (default: none).
-        decays: names of the parameters with weight decay (default: Trainer's choice, all but biases and norm layers).
-        **kwargs: every other argument of the optimizer; they go before what ``args`` says.
+        novel: names of parameters that have no pre-trained value, such as the ``missing_keys`` of
+            ``from_pretrained(..., output_loading_info=True)``: with ``l2_sp`` they decay to zero, and all others
+            towards their current values (default: none).
+        decays: names of the parameters with weight decay (default: Trainer's choice, all except biases and norm
+            layers).
+        **kwargs: all other arguments of the optimizer; they take precedence over ``args``.
 
     Raises:
-        ValueError: novel and anchors are both given; or what the optimizer raises.
+        ValueError: novel and anchors are both given, or the optimizer raises it.
 
     Example:
         >>> import transformers
@@ -85,11 +86,11 @@ class _Pass:
     """The first pass of a micro-batch, as the second one needs it.
 
     Attributes:
-        inputs: what `training_step` was given.
+        inputs: the inputs of `training_step`.
         num_items_in_batch: the number of items in all micro-batches.
         random: the random state before the pass, if dropout masks are to be the same.
-        prepared: what `_prepare_inputs` made of the inputs; for TRL's online trainers that is to generate completions.
-        fraction: the part of the samples that this pass sees.
+        prepared: the result of `_prepare_inputs`; for TRL's online trainers this includes generating completions.
+        fraction: the fraction of the samples that this pass sees.
     """
 
     inputs: dict[str, Any]
@@ -100,30 +101,30 @@ class _Pass:
 
 
 class SharpnessAwareMixin:
-    """Makes a step of transformers' Trainer two passes, and of classes derived from it: it goes before them.
+    """Gives each step of transformers' Trainer, or of a class derived from it, two passes; put it before that class.
 
-    The gradients of all micro-batches of a step make the perturbation; then the same micro-batches are passed once more
-    at the perturbed weights, by the ``training_step`` of the class below, with what its ``_prepare_inputs`` has made of
-    them for the first pass. Logged are the loss at the weights, and the norm of the gradient at the perturbed ones,
-    which ``args.max_grad_norm`` clips. The schedule of the `FSAM` decides which steps have a second pass, and its
-    ``ascent_fraction`` which part of each micro-batch the first one sees (see `ascent_inputs`). Running
-    statistics (BatchNorm), and what the class below counts in private attributes (TRL's metrics, tokens, steps), are
-    those of the first passes. State dicts of the model show clean weights at any time, and an exception leaves them
-    in the parameters.
+    The gradients of all micro-batches of a step determine the perturbation; then the same micro-batches are passed
+    again at the perturbed weights, by the ``training_step`` of the class below, with the result of its
+    ``_prepare_inputs`` from the first pass. Trainer logs the loss at the weights, and the norm of the gradient at the
+    perturbed weights, which ``args.max_grad_norm`` clips. The schedule of the `FSAM` decides which steps have a second
+    pass, and its ``ascent_fraction`` which part of each micro-batch the first pass sees (see `ascent_inputs`). Running
+    statistics (BatchNorm), and the class's counts in private attributes (TRL's metrics, tokens, steps), are those of
+    the first passes. The model's state dicts show clean weights at any time, and an exception leaves clean weights in
+    the parameters.
 
     Args:
-        *args, **kwargs: of the class below; ``optimizers`` and ``optimizer_cls_and_kwargs`` can give an FSAM.
-        optimizer_kwargs: arguments of `create_optimizer` (default: None, an FSAM of the TrainingArguments). They go
-            before those in ``args.optim_args``, a string such as ``"rho=0.02,schedule.last=decay"`` or
+        *args, **kwargs: arguments of the class below; ``optimizers`` and ``optimizer_cls_and_kwargs`` can give an FSAM.
+        optimizer_kwargs: arguments of `create_optimizer` (default: None, an FSAM from the TrainingArguments). They take
+            precedence over those in ``args.optim_args``, a string such as ``"rho=0.02,schedule.last=decay"`` or
             ``"optimizer_cls=momentum-sam"`` (see `optim_args.parse_optim_args`).
-        same_dropout: make the second pass with the dropout masks of the first, by PyTorch's random numbers of the CPU
-            and the training device; those after the step are then the ones after one pass (default: False, masks of
-            its own).
+        same_dropout: repeat the dropout masks of the first pass in the second, using PyTorch's random numbers of the
+            CPU and the training device; after the step these are as after one pass (default: False, each pass has its
+            own masks).
 
     Raises:
-        ValueError: the optimizer is none of this package, or wants single samples (gamma < 1); optimizer_kwargs are
-            given beside an optimizer; ``args.optim`` asks for another one; ``args.optim_args`` cannot be read;
-            DeepSpeed or the first version of FSDP is to be used.
+        ValueError: the optimizer is not of this package, or needs single samples (gamma < 1); optimizer_kwargs are
+            given together with an optimizer; ``args.optim`` asks for another one; ``args.optim_args`` cannot be read;
+            or DeepSpeed or the first version of FSDP is used.
 
     Example:
         >>> import transformers
@@ -157,7 +158,7 @@ class SharpnessAwareMixin:
             check(version == 2, "args.fsdp_config", f"fsdp_version {version}", "must be fsdp_version 2")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the FSAM, unless there is one, as `transformers.Trainer.create_optimizer`."""
+        """Create the FSAM, unless there is one, as `transformers.Trainer.create_optimizer`."""
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             model = self.model if model is None else model
             decays = self.get_decay_parameter_names(model)
@@ -172,7 +173,7 @@ class SharpnessAwareMixin:
 
     @property
     def _takes_two_passes(self) -> bool:
-        """Whether the coming step does."""
+        """Whether the coming step takes two passes."""
         return isinstance(self._sam, TwoPass) and self._sam.is_sharp
 
     @property
@@ -194,7 +195,8 @@ class SharpnessAwareMixin:
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Pass a micro-batch, as `transformers.Trainer.training_step`; after the last one of a step, all again.
+        """Pass a micro-batch, as `transformers.Trainer.training_step`; after the last one of a step, pass all of them
+        again.
 
         Returns:
             The loss at the clean weights.
@@ -238,17 +240,18 @@ class SharpnessAwareMixin:
         return int(labels.ne(-100).sum())
 
     def ascent_inputs(self, inputs: Any) -> Any:
-        """The part of a micro-batch that the first pass sees, with ``ascent_fraction < 1``; to be overridden.
+        """The part of a micro-batch that the first pass sees with ``ascent_fraction < 1``; override it for other
+        inputs.
 
         Args:
-            inputs: of a micro-batch, before or after Trainer has sent them to the device.
+            inputs: those of a micro-batch, before or after Trainer has sent them to the device.
 
         Returns:
-            The first samples, rounded up to whole ones, where inputs are a mapping with ``"labels"``, a row for each
+            The first samples, rounded up to whole samples, if inputs are a mapping with ``"labels"`` that has a row per
             sample. A single row of packed texts stays whole.
 
         Raises:
-            ArgumentError: inputs have no labels: rows can depend on each other, as the pairs of preferences do.
+            ArgumentError: inputs have no labels: rows can depend on each other, as pairs of preferences do.
         """
         fraction = self._sam.ascent_fraction
         labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
@@ -281,7 +284,7 @@ class SAMTrainer(SharpnessAwareMixin, Trainer):
 
 @contextlib.contextmanager
 def _statistics_kept(model: nn.Module) -> Iterator[None]:
-    """At its end, puts back the running statistics of BatchNorm and its kind."""
+    """At its end, restores the running statistics of BatchNorm and similar layers."""
     layers = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
     buffers = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
     values = [buffer.clone() for buffer in buffers]
@@ -294,9 +297,9 @@ def _statistics_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tallies_kept(trainer: Trainer) -> Iterator[None]:
-    """At its end, puts back the numbers, and collections of numbers, in a trainer's state and private attributes.
+    """At its end, restores the numbers, and collections of numbers, in a trainer's state and private attributes.
 
-    TRL's trainers have their metrics in the latter, and count tokens, micro-batches and seconds there; axolotl's counts
+    TRL's trainers keep their metrics in the latter, and count tokens, micro-batches and seconds there; axolotl's counts
     tokens in the former.
     """
     own = {name: value for name, value in vars(trainer).items() if name.startswith("_")}
@@ -333,17 +336,17 @@ def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
 
 
 class FlatLoRACallback(TrainerCallback):
-    """`FlatLoRA` in transformers' Trainer and classes derived from it, TRL's say, for a model with LoRA adapters.
+    """`FlatLoRA` in transformers' Trainer and classes derived from it, such as TRL's, for a model with LoRA adapters.
 
-    The noise begins with the training and ends with it; a run that is resumed has the noise of one that was not
-    interrupted. The strength rises over the steps of the run.
+    The noise begins and ends with training; a resumed run has the same noise as an uninterrupted one. The strength
+    rises over the steps of the run.
 
     Args:
         sigma: the strength of the noise at the end (default: 0.05).
-        seed: of the noise (default: None, that of the TrainingArguments).
+        seed: seed of the noise (default: None, that of the TrainingArguments).
 
     Attributes:
-        flat: the `FlatLoRA` of the training under way, else None.
+        flat: the `FlatLoRA` of the current training, or None.
 
     Raises:
         ArgumentError: when training begins; see `FlatLoRA`.
@@ -366,7 +369,7 @@ class FlatLoRACallback(TrainerCallback):
         self.flat = FlatLoRA(model, sigma=self.sigma, total_steps=steps, seed=seed, step=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have other noise in the next step."""
+        """Change the noise for the next step."""
         self.flat.step = state.global_step
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
@@ -374,7 +377,7 @@ class FlatLoRACallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Take the noise off the model, if it is there, as after a training that an exception has ended."""
+        """Take the noise off the model, if it is there, for example after an exception ended training."""
         if self.flat is not None:
             self.flat.close()
         self.flat = None

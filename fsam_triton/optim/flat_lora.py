@@ -24,35 +24,36 @@ _NOISE = 0x2B992DDF
 
 
 class FlatLoRA:
-    """Flat-LoRA (arXiv 2409.14396): the adapters of a peft model are trained where the loss is flat in all weights.
+    """Flat-LoRA (arXiv 2409.14396): trains a peft model's adapters towards regions that are flat in all weights.
 
-    In training each linear layer with an adapter computes with ``W + noise`` in place of its frozen weight W, in the
+    In training, each linear layer with an adapter computes with ``W + noise`` instead of its frozen weight W, in the
     forward and in the backward pass. The noise of a weight is nearly Gaussian (`kernels.reference.normals`) with a
-    standard deviation of ``strength * norm(row) / sqrt(n)``, where the row is its output's of the merged weight
-    W + s B A, and n the number of inputs (equation 7). It is the same for all micro-batches of a step and where
-    gradient checkpointing computes a layer again, and another one in the next step.
+    standard deviation of ``strength * norm(row) / sqrt(n)``, where the row is the weight's row (one output) of the
+    merged weight W + s B A, and n the number of inputs (equation 7). All micro-batches of a step have the same noise,
+    and so has a layer that gradient checkpointing computes again; the next step has other noise.
 
-    The noise is made of a counter when it is needed, in a temporary of the size of one layer. W is never written, and
-    may have 4 bits (bitsandbytes). There is no noise in eval mode, under ``no_grad``, for merged or disabled adapters,
-    and after `close`. State dicts, copies, and saved models do not know of it.
+    The noise is computed from a counter when it is needed, in a temporary of the size of one layer. W is never written,
+    and may have 4 bits (bitsandbytes). There is no noise in eval mode, under ``no_grad``, for merged or disabled
+    adapters, or after `close`. State dicts, copies and saved models do not contain it.
 
     Args:
-        model: a model with LoRA layers of peft. Those of linear layers get noise, as in the paper's code.
-        optimizer: whose ``step`` ends a step; None to call `advance` yourself (default: None).
+        model: a model with LoRA layers of peft. The linear layers among them get noise, as in the paper's code.
+        optimizer: the optimizer whose ``step`` ends a step; None to call `advance` yourself (default: None).
         sigma: the strength of the noise at the end, >= 0 (default: 0.05, the paper's).
-        total_steps: of the optimizer, over which the strength rises from 0 to sigma,
+        total_steps: number of optimizer steps over which the strength rises from 0 to sigma,
             ``sigma * (1 - cos(pi * step / total_steps)) / 2``; None for sigma from the beginning.
-        seed: of the noise (default: 0). The same on all ranks of DDP, which then have one objective.
-        step: steps that have been made before, where training is resumed (default: 0).
+        seed: seed of the noise (default: 0). It is the same on all ranks of DDP, which then have the same objective.
+        step: number of steps taken before, if training is resumed (default: 0).
 
     Attributes:
-        step: how many steps of the optimizer there were.
-        strength: that of the noise at this step.
+        step: number of optimizer steps so far.
+        strength: strength of the noise at this step.
 
     Raises:
         ArgumentError: an argument is out of its range; the model has no LoRA layers; one of them has an adapter that is
             more than LoRA (DoRA), or a base layer that is trained, sharded, hooked by accelerate to be on several
-            devices, or quantised by another library; or checkpoints are re-entrant, whose first pass is under no_grad.
+            devices, or quantised by another library; or gradient checkpointing is re-entrant, whose first pass is under
+            no_grad.
 
     Example:
         >>> import peft, torch
@@ -118,7 +119,7 @@ class FlatLoRA:
         return self._keys[1][number]
 
     def close(self) -> None:
-        """Take the noise off the model, of which nothing is left there."""
+        """Take the noise off the model, without leaving a trace."""
         if self._hook is not None:
             self._hook.remove()
         for layer in self._layers:
@@ -238,7 +239,7 @@ class _NoisyWeight:
 
     @torch.no_grad()
     def make(self) -> Tensor:
-        """W + noise, in memory of its own."""
+        """W + noise, in new memory."""
         weight = self.layer.base.weight
         if weight._version != self.version:
             raise RuntimeError("the weight of a layer with noise was written between its forward and backward pass")
@@ -252,7 +253,7 @@ class _NoisyWeight:
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b with a noisy W, which is not kept for the backward pass but made again."""
+    """x W^T + b with a noisy W, which is not kept for the backward pass but computed again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, noisy: _NoisyWeight) -> Tensor:
