@@ -237,7 +237,7 @@ def share_table(source: Source) -> str:
                 share = device.share(own.bytes_per_parameter, own.instructions)
                 cells.append(f"{share:{max(6, len(name) + 1)}.0%}")
             lines.append(f"{one.name:66}{found['sm_90'].bytes_per_parameter:7g}" + "".join(cells))
-    kept = " ".join(over_budget(source)) or "Every pass keeps it."
+    kept = "\n".join(over_budget(source)) or "Every pass keeps it."
     lines.append(f"Budget: {_said(BUDGET)}; with 8-bit formats {_said(BUDGET_OF_8_BITS)}.\n{kept}")
     return "\n".join(lines)
 

@@ -209,9 +209,9 @@ def test_share_of_the_bandwidth_is_what_instructions_leave():
 
 @pytest.mark.parametrize(("instructions", "is_kept"), [(1.0, True), (1000.0, False)])
 def test_report_says_which_passes_do_not_keep_the_budget(instructions, is_kept):
-    last = codegen.share_table(lambda one, target: figures(8.0, instructions)).splitlines()[-1]
-    assert last.endswith("Every pass keeps it.") == is_kept
-    assert ("Not kept by norm-fp32 on B200." in last) != is_kept
+    lines = codegen.share_table(lambda one, target: figures(8.0, instructions)).splitlines()
+    assert (lines[-1] == "Every pass keeps it.") == is_kept
+    assert ("Not kept by norm-fp32 on B200." in lines) != is_kept
 
 
 # Three to six bytes an element: a root and a quotient take 13 instructions, stochastic rounding to fp16 17.
@@ -224,10 +224,10 @@ OVER_BUDGET = [
 
 
 def test_committed_report_says_of_all_passes_how_much_of_the_bandwidth_they_can_use():
-    *rows, budget, kept = tables()["4"].splitlines()[2:]
-    assert budget.startswith("Budget: ")
-    assert [row.split()[0] for row in rows] == [one.name for one in CONFIGURATIONS if is_over_segments(one)]
-    assert re.findall(r"Not kept by .*? on \w+\.", kept) == OVER_BUDGET
+    lines = tables()["4"].splitlines()[2:]
+    place = next(i for i, line in enumerate(lines) if line.startswith("Budget: "))
+    assert [row.split()[0] for row in lines[:place]] == [one.name for one in CONFIGURATIONS if is_over_segments(one)]
+    assert lines[place + 1 :] == OVER_BUDGET
 
 
 def tables() -> dict[str, str]:
