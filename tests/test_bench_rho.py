@@ -1,6 +1,7 @@
 """What bench/rho.py makes of its runs, and how it reads its texts."""
 
 import io
+import pathlib
 import tarfile
 from dataclasses import asdict
 
@@ -13,6 +14,10 @@ pytest.importorskip("transformers")
 load_bench()
 
 from bench import rho  # noqa: E402
+from bench.generalisation import put_into  # noqa: E402
+from bench.records import recorded  # noqa: E402
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "rho.md"
 
 
 def run(method, strength, seed, right, loss=0.5, **more):
@@ -74,6 +79,13 @@ def test_judge_writes_which_texts_are_right():
     judged = rho.judge(Trainer(), features)
     assert rho.right_bits(judged).tolist() == [0, 1, 0, 1, 1]
     assert judged["accuracy"] == 0.6
+
+
+def test_page_has_the_tables_of_the_committed_file(tmp_path):
+    copy = tmp_path / "page.md"
+    copy.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    put_into(copy, rho.report(recorded(rho.RESULTS)), rho.MARKER)
+    assert copy.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
 
 
 def put(archive, name, content):
