@@ -64,7 +64,7 @@ class Meaning:
 
 
 MEANINGS = [
-    Meaning("rho", FSAM, "rho", 0.05, _SHARP),
+    Meaning("rho", FSAM, "rho", 0.02, _SHARP),
     Meaning("alpha", FSAM, "alpha", 0.4, _GSAM),
     Meaning("sigma", FSAM, "sigma", 1.0, {"friendly-sam"}),
     Meaning("lmbda", FSAM, "lmbda", 0.9, {"friendly-sam"}),

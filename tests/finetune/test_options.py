@@ -95,7 +95,7 @@ def test_schedules_fit_runs_of_any_length(total_steps):
 def test_a_comparison_gives_each_type_the_options_it_has_a_use_for():
     arguments = Arguments(sam_type=["sam", "gsam", "momentum-sam"], sam_every=2, sam_reuse=0.5, alpha=0.1)
     check_arguments(arguments)
-    expected = {"rho": 0.05, "alpha": 0.1, "ascent_fraction": 1.0, "backup_format": None}
+    expected = {"rho": 0.02, "alpha": 0.1, "ascent_fraction": 1.0, "backup_format": None}
     assert arguments.of(FSAM, "gsam") == expected
     assert arguments.of(Schedule, "gsam").keys() == {"every", "last", "rho_warmup", "rho_follows", "rho_min"}
     assert arguments.of(Schedule, "momentum-sam").keys() == {"last", "rho_warmup", "rho_follows", "rho_min"}
@@ -205,7 +205,7 @@ def test_every_optimizer_but_the_fisher_types_trains_what_a_fish_mask_selects(sa
         ("esam", {"sam_reuse": 0.5, "sam_every": 2}, "--sam_reuse with an esam type needs --beta_per element"),
         ("sam", {"rho_warmup_ratio": 2.0}, "Invalid --rho_warmup_ratio: 2.0; must be between 0 and 1"),
         ("sam", {"rho_min": 0.01}, "--rho_min needs --rho_follows"),
-        ("sam", {"rho_min": 0.1, "rho_follows": "lr"}, "Invalid --rho_min: 0.1; must be at most --rho 0.05"),
+        ("sam", {"rho_min": 0.1, "rho_follows": "lr"}, "Invalid --rho_min: 0.1; must be at most --rho 0.02"),
         (
             "sam",
             {"rho_warmup_ratio": 0.1, "rho_follows": "lr"},
