@@ -224,6 +224,8 @@ def _check_auto_rho(arguments):
         raise InputError(f"--rho auto and --trainable {arguments.trainable} exclude each other: all weights are moved")
     if arguments.gradient_accumulation_steps > 1:
         raise InputError("--rho auto needs --gradient_accumulation_steps 1: it is found on single batches")
+    if arguments.ascent_fraction < 1:
+        raise InputError("--rho auto needs --ascent_fraction 1: it is found on whole batches")
     if arguments.rho_min > 0:
         raise InputError("--rho auto and --rho_min exclude each other: the rho that is found may be smaller")
 

@@ -44,6 +44,7 @@ def test_rho_of_another_scale_is_not_searched(sam_type):
         ({"sam_type": ["sam"], "trainable": "bitfit"}, "--rho auto and --trainable bitfit exclude each other"),
         ({"task": "causal-lm"}, "--rho auto needs --task sequence-classification"),
         ({"gradient_accumulation_steps": 2}, "--rho auto needs --gradient_accumulation_steps 1"),
+        ({"sam_type": ["sam"], "ascent_fraction": 0.5}, "--rho auto needs --ascent_fraction 1"),
         ({"rho_follows": "cosine", "rho_min": 0.01}, "--rho auto and --rho_min exclude each other"),
     ],
 )
