@@ -15,7 +15,7 @@ DEFAULTS = {
     "amsgrad": False,
     "maximize": False,
     "l2_sp": 0.0,
-    "rho": 0.02,
+    "rho": 0.05,
     "adaptive": False,
 }
 

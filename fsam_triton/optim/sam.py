@@ -34,7 +34,7 @@ class SAM(TwoPass):
 
     Args:
         base: the optimizer that takes the steps, already created.
-        rho: radius of the perturbation, >= 0 (group; default: 0.02).
+        rho: radius of the perturbation, >= 0 (group; default: 0.05).
         adaptive: ASAM's scaling (group; default: False).
         mask, mask_norm, beta, beta_per, gamma, sigma, lmbda, ascent_fraction, schedule: as for `FSAM`; the schedule
             must not have ``reuse``.
@@ -64,7 +64,7 @@ class SAM(TwoPass):
     def __init__(
         self,
         base: Optimizer,
-        rho: float = 0.02,
+        rho: float = 0.05,
         *,
         adaptive: bool = False,
         mask: FisherMask | None = None,
