@@ -1,4 +1,4 @@
-"""The rates at which plain PyTorch moves memory on a device: the limit that a pass could reach at best."""
+"""Measures how fast plain PyTorch moves memory on a device, which is the upper limit for a pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people use instead: SAM in eager and in compiled PyTorch, AdamW over fp32 copies of 16-bit weights."""
+"""The alternatives that people use: SAM in eager and in compiled PyTorch, AdamW over fp32 copies of 16-bit weights."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Print what compilers make of every kernel for five GPUs, and the least time that a step takes by its bytes.
+"""Print figures of every kernel's machine code for five GPUs, and the least time that a step's memory traffic takes.
 
     python -m bench.codegen [--workers 2]
 
-No GPU is needed: kernels are compiled ahead of time, and read by NVIDIA's disassembler, which the Triton wheel brings,
-or as the text that LLVM writes for AMD. About ten minutes on two cores.
+No GPU is needed: kernels are compiled ahead of time. Their code is read with NVIDIA's disassembler, which is part of
+the Triton wheel, or, for AMD, as the text that LLVM writes. This takes about ten minutes on two cores.
 """
 
 from __future__ import annotations

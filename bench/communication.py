@@ -1,9 +1,9 @@
-"""Print what SparseMerger and DistributedDataParallel send, by the number of workers and of parameters.
+"""Print how many bytes SparseMerger and DistributedDataParallel send for given numbers of workers and parameters.
 
 python -m bench.communication [--keep_ratio 0.005] [--local_steps 10] [--bytes 4] [--workers 2 8 64 1024]
     [--parameters 1e8 1e9 1e10 1e11]
 
-Computed, not measured: each worker's bytes in `local_steps` steps, all collectives as rings.
+The figures are computed, not measured: each worker's bytes in `local_steps` steps, with all collectives as rings.
 """
 
 from __future__ import annotations

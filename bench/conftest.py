@@ -1,4 +1,4 @@
-"""What the pytest-benchmark suites share (`pytest bench/ --benchmark-only`), and what of a run goes into its JSON."""
+"""Shared by the pytest-benchmark suites (`pytest bench/ --benchmark-only`): fixtures, and the choice of JSON fields."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Print how much of SAM's perturbation weights of 16 bits take, and what the loss of a real model makes of it.
+"""Print how much of SAM's perturbation reaches 16-bit weights, and how this affects the loss of a real model.
 
 python -m bench.fidelity
 
-Tables 1 to 3 compare the perturbation that happens with the intended one, rho * g / norm(g): its norm over rho, its
-cosine to the intended one, and the product of both, its projection over rho: 1 if the weights move as far along the
-intended direction as they should, whatever noise comes on top.
+Tables 1 to 3 compare the actual perturbation with the intended one, rho * g / norm(g). They give its norm divided by
+rho, its cosine to the intended perturbation, and the product of the two, which is its projection divided by rho. The
+product is 1 if the weights move as far along the intended direction as they should, however much noise is added.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python -m bench.fish [--texts 200] [--steps 65] [--max_seq_length 32] [--seeds 1 2 3] [--runs runs/fish.jsonl]
 
-Every method makes the same number of steps from the same pretrained weights; a new head is always trained, and counted.
-Its learning rate is the one of a small grid that does best on validation texts, with a seed of its own; then it is
-judged on test texts, which are neither training nor validation texts, with other seeds. Of each run a line goes to the
-file --runs as soon as it is done, and runs that are found there are not made again.
+Every method takes the same number of steps from the same pretrained weights. A new head is always trained and counted.
+Each method's learning rate is the value of a small grid that does best on validation texts, chosen with a separate
+seed. The method is then judged with other seeds on test texts, which are neither training nor validation texts. Each
+run adds a line to the file --runs as soon as it is finished, and runs found in that file are not repeated.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 python -m bench.fisher [--batch_size 16] [--batches 4] [--lengths 16 32 64 128] [--rounds 2]
 
-Both ways take the same flops for the layers, so what a CPU saves is what a loop loses with small matrices, the dense
-gradient of the embedding, the storing of gradients, and positions that have none: little, once a text is long.
+Both ways take the same flops for the layers. On a CPU, the savings are therefore the loop's overheads: small matrices,
+the dense gradient of the embedding, storing gradients, and positions without any. They are small once texts are long.
 """
 
 from __future__ import annotations

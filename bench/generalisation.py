@@ -1,13 +1,14 @@
 """Measure whether sharpness-aware fine-tuning of MiniLM makes better classifiers than AdamW does.
 
-    OMP_NUM_THREADS=1 python -m bench.generalisation    # hours; goes on where it was stopped
+    OMP_NUM_THREADS=1 python -m bench.generalisation    # hours; resumes where it was stopped
     python -m bench.generalisation --report             # prints the tables of the file of results, trains nothing
     python -m bench.generalisation --page docs/evidence.md    # puts them into the page
 
 At one seed every method starts from the same weights and sees the same training texts in the same order, so methods
-are compared in pairs. Learning rate, rho and strength of L2-SP are those of a small grid that do best on validation
-texts of the film reviews, with seeds of their own; test texts, which are neither training nor validation texts, judge.
-Of each run a line goes to the file of results as soon as it is done, and runs that are found there are not made again.
+are compared in pairs. Learning rate, rho and strength of L2-SP are the values of a small grid that do best on
+validation texts of the film reviews, chosen with separate seeds. Methods are judged on test texts, which are neither
+training nor validation texts. Each run adds a line to the file of results as soon as it is finished, and runs found in
+that file are not repeated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Times a step and puts beside the time what makes it comparable: bytes, the bandwidth just measured, peak memory."""
+"""Times a step and records what makes the time comparable: bytes, the bandwidth just measured, peak memory."""
 
 from __future__ import annotations
 

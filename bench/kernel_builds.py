@@ -1,4 +1,4 @@
-"""Every kernel as the launchers launch it, described so that it can be compiled without a GPU."""
+"""Describes every kernel as it is launched, so that it can be compiled without a GPU."""
 
 from __future__ import annotations
 

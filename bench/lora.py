@@ -1,12 +1,12 @@
-"""Print what ways of training LoRA adapters cost: time of a step and peak memory, next to plain LoRA with AdamW.
+"""Print the cost of several ways to train LoRA adapters, next to plain LoRA with AdamW: time per step and peak memory.
 
     python -m bench.lora [--models MiniLM Llama] [--batch 16 96] [--rounds 9]
 
-In each round every way takes one step of the same batch, in turn, over a copy of the model with adapters on all linear
-layers; shown is the median over the rounds of its time, and of the ratio to plain LoRA's in the same round. The time is
-the processor's, of one thread: what others do on the machine counts little. Memory is the allocator's at the peak of a
-step, the model included, and what of it plain LoRA does not take. Last, how many weights of a bf16 base are others
-after training with noise.
+In each round, the ways take turns: each takes one step on the same batch, over a copy of the model with adapters on all
+linear layers. The table shows the median over the rounds of the time, and of its ratio to plain LoRA's in the same
+round. The time is the processor time of one thread, so other programs on the machine hardly affect it. Memory is the
+allocator's at the peak of a step, including the model, followed by its excess over plain LoRA's. The last lines tell
+how many weights of a bf16 base differ after training with noise.
 """
 
 from __future__ import annotations

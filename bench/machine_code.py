@@ -1,4 +1,4 @@
-"""What compilers make of a kernel for a GPU that need not be there: accesses, instructions, registers, occupancy."""
+"""Reads a kernel's machine code for a GPU that need not be present: accesses, instructions, registers, occupancy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of the allocator that a step takes at its peak, and that are held between steps."""
+"""Measures the allocator's bytes at the peak of a step and between steps."""
 
 from __future__ import annotations
 

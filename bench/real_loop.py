@@ -1,13 +1,13 @@
-"""Print what optimizers add to the passes over a model, in the loop that users have: gradients come from autograd.
+"""Print the time and memory that optimizers add to the passes over a model in a real loop, with autograd's gradients.
 
     python -m bench.real_loop [--models MiniLM BERT-base] [--rounds 7] [--write bench/results/real_loop_cpu.json]
     python -m bench.real_loop --page README.md docs/performance.md
 
-In each round every loop takes one step of a small batch, in turn, over the same model, and so do the passes without an
-optimizer; a loop's cost is its time minus theirs in the same round, and the median over the rounds is shown, in
-nanoseconds per weight and as a multiple of ours. Memory is the allocator's during a step of `--memory_batch`: at its
-peak, and between steps without gradients, weights included. With --page nothing is measured: the committed results are
-shown.
+In each round, the loops take turns: each takes one step on a small batch over the same model, and so do the passes
+without an optimizer. A loop's cost is its time minus that of the bare passes in the same round. The table shows the
+median over the rounds, in nanoseconds per weight and as a multiple of ours. Memory is the allocator's, including the
+weights: at the peak of a step of `--memory_batch`, and between steps without gradients. With --page nothing is
+measured; the committed results are put into the pages.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Keeps the results of long experiments in a file of JSON lines, so that no run is made twice and none is lost."""
+"""Keeps the results of long experiments in a file of JSON lines, so that no run is repeated or lost."""
 
 from __future__ import annotations
 

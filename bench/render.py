@@ -2,8 +2,8 @@
 
     python -m bench.render
 
-Reads every bench/results/benchmarks_*.json. A table goes between the marks `<!-- NAME -->` and `<!-- /NAME -->` of the
-page, NAME being one of `BLOCKS`, or the suite (`harness.Case.suite`) of benchmarks that have no table of their own.
+Reads every bench/results/benchmarks_*.json. A table is written between the marks `<!-- NAME -->` and `<!-- /NAME -->`
+of the page. NAME is one of `BLOCKS`, or the suite (`harness.Case.suite`) of benchmarks without a table of their own.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Measure which rho is best for SAM on several tasks, and how far from it the suggestion of `find_rho` is.
+"""Measure which rho is best for SAM on several tasks, and how far the suggestion of `find_rho` is from it.
 
     pip download --no-deps --no-binary :all: vaderSentiment==2.5    # sentences rated for their sentiment
     OMP_NUM_THREADS=1 python -m bench.rho --sentiments vaderSentiment-2.5.tar.gz    # resumes where it was stopped
     python -m bench.rho --report    # prints the tables of the file of results, trains nothing
     python -m bench.rho --page docs/rho.md    # puts them into the page
 
-At one seed all runs start from the same weights and see the same texts in the same order, so they are compared in
-pairs. Of each run the file of results keeps which test texts it got right, and of each run of AdamW how the loss rises
-around the weights at some of its steps.
+At one seed, all runs start from the same weights and see the same texts in the same order, so they are compared in
+pairs. For each run, the file of results records which test texts it classified correctly. For each run of AdamW, it
+also records how the loss rises around the weights at some of the steps.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Print what training half a percent of BERT-base's weights costs next to training all: time of a step, memory.
+"""Print the time per step and memory of training half a percent of BERT-base's weights, next to training all.
 
     python -m bench.sparse_step [--dtype float32] [--keep_ratio 0.005] [--rounds 25]
 
-The FISH mask is of a BERT-base with random weights and texts: its weights lie in rows and columns, as a linear layer's
-gradients do. Random ones are the worst case, each in a line of the cache of its own. The steps take turns, so that a
-drift of the machine's speed meets them alike, and none finds in the cache what it needs; the least time counts.
+The FISH mask is that of a BERT-base with random weights and texts: its weights lie in rows and columns, as a linear
+layer's gradients do. A random mask is the worst case, because each weight has its own cache line. The steps take turns,
+so that drifts in the machine's speed affect them equally and none finds its data in the cache; the least time counts.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Print what state in fewer bits costs and saves: errors of codes, bytes per weight of whole steps, losses of a GPT.
+"""Print the costs and savings of state in fewer bits: errors of codes, bytes per weight of steps, losses of a GPT.
 
     python -m bench.state_formats [codes] [memory] [gpt] [tasks --data "BBC news"]
 
-- codes: on the moments of MiniLM after 40 steps of AdamW, how far an update m / (sqrt(v) + eps) is from the one with
-  fp32 moments, for our codes of 8 bits and for others' (table 1).
-- memory: what the allocator holds at the peak of a SAM step of BERT-base on a batch of 8 tokens, weights and gradients
-  included, next to other libraries' 8-bit AdamW under eager SAM (table 2).
+- codes: how far an update m / (sqrt(v) + eps) is from the one with fp32 moments, for our 8-bit codes and for others',
+  on the moments of MiniLM after 40 steps of AdamW (table 1).
+- memory: the allocator's bytes at the peak of a SAM step of BERT-base on a batch of 8 tokens, including weights and
+  gradients, next to other libraries' 8-bit AdamW under eager SAM (table 2).
 - gpt: the validation loss of a small GPT trained from scratch on the packaged news for 2,000 steps (table 3).
 - tasks: SAM of MiniLM on 100 texts of the tasks of bench.generalisation, five seeds: accuracy and loss (table 4).
 """

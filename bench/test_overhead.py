@@ -1,4 +1,4 @@
-"""pytest-benchmark of what a step costs besides memory: the work of the host, and the first step of a process.
+"""pytest-benchmark of a step's costs other than memory traffic: the host's work, and the first step of a process.
 
 pytest bench/test_overhead.py --benchmark-only
 """

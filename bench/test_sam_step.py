@@ -1,4 +1,4 @@
-"""pytest-benchmark of whole optimizer steps over real models' parameters, ours and what people use instead.
+"""pytest-benchmark of whole optimizer steps over real models' parameters: ours and the alternatives that people use.
 
 pytest bench/test_sam_step.py --benchmark-only [-k "MiniLM and fp32"]
 """

@@ -1,4 +1,4 @@
-"""pytest-benchmark of the choice of a Fisher mask, the k weights of the largest gradients, over BERT-base's parameters.
+"""pytest-benchmark of choosing a Fisher mask, the k weights with the largest gradients, over BERT-base's parameters.
 
 pytest bench/test_topk_mask.py --benchmark-only
 """

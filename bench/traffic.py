@@ -1,4 +1,4 @@
-"""How many bytes a weight each pass and each whole step must move: what every measured time is held against."""
+"""The bytes per weight that each pass and each whole step must move, to which every measured time is compared."""
 
 from __future__ import annotations
 

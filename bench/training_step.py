@@ -1,10 +1,10 @@
-"""Print what a whole training step costs with each variant, as a multiple of torch.optim.AdamW's in the same run.
+"""Print the time of a whole training step with each variant, as a multiple of torch.optim.AdamW's in the same run.
 
     python -m bench.training_step [--rounds 3] [--batch_size 16] [--max_seq_length 96]
 
-Forward, backward and optimizer on the packaged MiniLM and BBC news texts. The variants take turns, one step each, so
-that a drift of the machine's speed meets them alike. Each step of a period of ten is timed several times and its median
-taken; the mean over the period is printed, so that schedules count as they should.
+A step is forward, backward and optimizer on the packaged MiniLM and BBC news texts. The variants take turns, one step
+each, so that drifts in the machine's speed affect them equally. Each step of a period of ten is timed several times and
+its median taken. The mean over the period is printed, so that schedules are weighted correctly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmarks time: whole optimizer steps over real models' parameters, ours and what people use instead."""
+"""The workloads of the benchmarks: whole optimizer steps over real models' parameters, ours and the alternatives."""
 
 from __future__ import annotations
 
