@@ -104,19 +104,21 @@ lengths = [5 * (1 << 14) + 3, 0, 1, 1 << 17, 77]
 plan = Plan(lengths, torch.device("cpu"))
 tensors = [torch.arange(1, n + 1) % 11 / 4 for n in lengths]
 
-made, empty = [], torch.empty
+made = []
 def guarded(*shape, **options):
-    n = torch.Size(shape).numel()
+    shape = torch.Size(shape[0] if isinstance(shape[0], tuple) else shape)
+    n = shape.numel()
     made.append((n, torch.full((n + 1000,), 5.0, **options)))
     return made[-1][1][:n].view(shape)
-torch.empty = guarded
+torch.empty, torch.zeros = guarded, lambda *shape, **options: guarded(*shape, **options).zero_()
 
 segments = Segments(plan, tensors, tensors, other=tensors)
 expected = sum((t.double() ** 2).sum() for t in tensors)
 assert plan.chunks == sum(-(-n // spec.CHUNK) for n in lengths)
 torch.testing.assert_close(cpu.norm_sq(segments, False, None), expected, rtol=1e-6, atol=0)
 torch.testing.assert_close(cpu.gap(segments), expected.expand(3), rtol=1e-6, atol=0)
-assert len(made) == 2 and all((buffer[n:] == 5).all() for n, buffer in made)
+# Sums of chunks, and of all, for both.
+assert len(made) == 4 and all((buffer[n:] == 5).all() for n, buffer in made)
 """
 
 
@@ -145,11 +147,14 @@ def instances(dtype: str):
     compute = reference.compute_dtype(FLOATS[dtype])
     t = FLOATS[dtype]
     codes = torch.int8
+    names = ("adaptive", "masked", "coded", "along")
     for options in itertools.product((0, 1), repeat=2):
-        yield "norm_sq", (t, t, compute), dict(zip(("adaptive", "masked", "coded"), (*options, 0), strict=True))
-    yield "norm_sq", (t, codes, compute), {"adaptive": 0, "masked": 0, "coded": 1}
+        yield "norm_sq", (t, t, t, compute), dict(zip(names, (*options, 0, 0), strict=True))
+    yield "norm_sq", (t, codes, t, compute), dict(zip(names, (0, 0, 1, 0), strict=True))
+    for kind, lane in ((1, t), (2, t), (2, torch.uint8)):
+        yield "norm_sq", (t, t, lane, compute), dict(zip(names, (0, 1, 0, kind), strict=True))
     yield "gap", (t, compute), {}
-    names = ("adaptive", "masked", "coded", "stochastic", "random", "streamed")
+    names = ("adaptive", "masked", "coded", "stochastic", "random", "streamed", "along")
     for options in (
         (0, 0, 0, 0, 0, 0),
         (0, 0, 0, 1, 0, 0),
@@ -159,10 +164,13 @@ def instances(dtype: str):
         (0, 0, 0, 0, 0, 1),
         (0, 0, 1, 1, 0, 0),
     ):
-        yield "perturb", (t, codes if options[2] else t, t, compute), dict(zip(names, options, strict=True))
+        types = (t, codes if options[2] else t, t, t, compute)
+        yield "perturb", types, dict(zip(names, (*options, 0), strict=True))
+    for kind, lane in ((1, t), (2, t), (2, torch.uint8)):
+        yield "perturb", (t, t, t, lane, compute), dict(zip(names, (0, 0, 0, 1, 0, 0, kind), strict=True))
     if dtype != "fp32":
-        yield "perturb", (t, t, codes, compute), dict(zip(names, (0, 0, 0, 1, 0, 0), strict=True))
-        yield "perturb", (t, codes, codes, compute), dict(zip(names, (0, 0, 1, 1, 0, 0), strict=True))
+        yield "perturb", (t, t, codes, t, compute), dict(zip(names, (0, 0, 0, 1, 0, 0, 0), strict=True))
+        yield "perturb", (t, codes, codes, t, compute), dict(zip(names, (0, 0, 1, 1, 0, 0, 0), strict=True))
     names = ("lanes", "coded", "steps", "remainder", "anchor", "ema", "other", "orthogonal", "stochastic")
     for rule, lanes in spec.STATE.items():
         lost = torch.int16 if dtype == "bf16" else torch.int32
@@ -198,7 +206,8 @@ def test_loops_are_vectorized(dtype, monkeypatch, tmp_path):
         run = subprocess.run([*command, "-c", "pass.cpp"], cwd=tmp_path, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         vectorized = {line.split(": ")[0].split("/")[-1] for line in run.stderr.splitlines() if "vectorized" in line}
-        for line in hot_loops(header, "masked = 1" in instance, "coded = 1" in instance):
+        coded = "coded = 1" in instance or (header == "perturb" and "uint8_t" in instance)
+        for line in hot_loops(header, "masked = 1" in instance, coded):
             assert any(place.startswith(f"{line}:") for place in vectorized), f"{instance}: {line}"
 
 
