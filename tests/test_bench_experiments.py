@@ -246,10 +246,20 @@ def test_runs_of_one_seed_share_the_head_and_the_texts_and_are_judged_after_roun
 def forgetting(file_of_texts, packaged_model, monkeypatch, tmp_path):
     from bench.experiments import forgetting
 
-    small = {"HIDDEN": 16, "LAYERS": 1, "SHARED": 30, "END": 8, "TUNING": 8, "WINDOW": 16, "BATCH": 4, "JUDGES": 8}
+    small = {
+        "HIDDEN": 16,
+        "LAYERS": 1,
+        "SHARED": 30,
+        "END": 8,
+        "TUNING": 8,
+        "WINDOW": 16,
+        "BATCH": {"old": 4, "new": 4},
+        "JUDGES": 8,
+    }
     for name, value in small.items():
         monkeypatch.setattr(forgetting, name, value)
-    return command.forgetting([str(file_of_texts)] * 2, packaged_model, tmp_path)
+    groups = command.forgetting([str(file_of_texts)] * 2, packaged_model, tmp_path)
+    return {block: run for group in groups for block, run in group.items()}
 
 
 def test_pretrained_model_is_made_once_and_read_from_the_cache(forgetting, tmp_path, monkeypatch):

@@ -48,12 +48,12 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def forgetting(sources: list[str], model: str, cache: Path) -> dict[Block, Run]:
-    """The blocks of a pair of corpora, and what makes their runs."""
+def forgetting(sources: list[str], model: str, cache: Path) -> list[dict[Block, Run]]:
+    """The blocks of a pair of corpora, and what makes their runs: all of one experiment before the other."""
     (old, old_texts), (new, new_texts) = (load_texts(source) for source in sources)
     corpora = Corpora(load_tokenizer(model), *([" ".join(row) for row in t.rows] for t in (old_texts, new_texts)))
     task = Forgetting(f"{old}, then {new}", corpora, cache)
-    return {task.block(experiment): task.run for experiment in (FINE_TUNING, PRETRAINING)}
+    return [{task.block(experiment): task.run} for experiment in (FINE_TUNING, PRETRAINING)]
 
 
 def classification(source: str, noise: list[float], model: str) -> dict[Block, Run]:
@@ -93,7 +93,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     model = given.model or model_path(Arguments())
-    groups = [forgetting(given.forgetting, model, given.cache)] if given.forgetting else []
+    groups = forgetting(given.forgetting, model, given.cache) if given.forgetting else []
     groups += [classification(source, given.noise, model) for source in given.texts]
     experiment(given.runs, groups, SEEDS[: given.seeds])
 

@@ -23,7 +23,7 @@ from .training import epochs, train
 BBC = "BBC news"
 BATCH, TOKENS = 16, 32
 # At most; of a small file at most these shares.
-TEST, VALIDATION, TRAINING = (1000, 0.3), (500, 0.2), (320, 0.5)
+TEST, VALIDATION, TRAINING = (800, 0.3), (500, 0.2), (256, 0.5)
 EPOCHS = 3
 
 

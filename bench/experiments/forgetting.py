@@ -22,10 +22,11 @@ from .methods import ADAMW, METHODS, Method
 from .quantisation import BITS, rounded
 from .training import epochs, train
 
-WINDOW, BATCH, VOCABULARY = 64, 16, 4096
+WINDOW, VOCABULARY = 64, 4096
+BATCH = {"old": 16, "new": 8}
 HIDDEN, LAYERS, HEADS = 128, 2, 4
 # Steps at a constant learning rate that all runs share, of the end of the pretraining, and of the fine-tuning.
-SHARED, END, TUNING = 2000, 150, 100
+SHARED, END, TUNING = 2000, 100, 100
 SHARED_RATE = 2e-3
 # Of the new texts, where the method is that of the pretraining.
 TUNING_RATE = 1e-3
@@ -118,17 +119,21 @@ class Forgetting:
         """Train on `count` batches of windows of one corpus, drawn by the seed."""
         pool = self.corpora.windows[part, "training"]
         generator = torch.Generator().manual_seed(seed)
-        size = min(count * BATCH, len(pool))
+        batch = BATCH[part]
+        size = min(count * batch, len(pool))
         drawn = pool[torch.randperm(len(pool), generator=generator)[:size]]
-        times = -(-count * BATCH // size) * method.epochs
-        batches = [drawn[i] for i in epochs(size, BATCH, times, seed)][: count * method.epochs]
+        times = -(-count * batch // size) * method.epochs
+        batches = [drawn[i] for i in epochs(size, batch, times, seed)][: count * method.epochs]
         cost = train(model, method, batches, lambda batch: loss_of(model, batch), rate, strength, seed)
         return vars(cost)
 
     def shared(self) -> torch.nn.Module:
         """The model after the shared part of the pretraining; from the cache if that is of this corpus and setting."""
         model, pool = new_model(), self.corpora.windows["old", "training"]
-        what = f"{torch.__version__} {model.config} {SHARED} {SHARED_RATE} {BATCH}".encode() + pool.numpy().tobytes()
+        what = (
+            f"{torch.__version__} {model.config} {SHARED} {SHARED_RATE} {BATCH['old']}".encode()
+            + pool.numpy().tobytes()
+        )
         path = self.cache / f"pretrained_{hashlib.sha256(what).hexdigest()[:16]}.pt"
         if path.exists():
             model.load_state_dict(torch.load(path, weights_only=True))
