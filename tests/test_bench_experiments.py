@@ -136,8 +136,8 @@ def test_table_gives_means_intervals_and_adjusted_tests():
     interval = scipy.stats.ttest_1samp([1.1, 1.0] * 5, 0).confidence_interval(0.95)
     cell = f"+1.05 [{interval.low:+.2f}, {interval.high:+.2f}]*"
     # Of ten pairs the least p is 2**-9, and SAM's two comparisons are the smallest of twelve.
-    flips = f"{min(1, 12 * 2**-9):.2f}"
-    assert line.split() == ["SAM", "10", "81.05", *cell.split(), "0.00", flips, *cell.split(), "0.00", flips]
+    flips = f"{12 * 2**-9:.3f}"
+    assert line.split() == ["SAM", "10", "81.05", *cell.split(), "0.000", flips, *cell.split(), "0.000", flips]
 
 
 def test_comparisons_of_one_table_are_one_family():

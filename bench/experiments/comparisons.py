@@ -71,8 +71,10 @@ def sign_flips(differences: Sequence[float], draws: int = 20_000) -> float:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p: those below 0.05 hold together with at most 5 % chance of any error; NaN stays and does not
-    count."""
+    """Holm's adjusted p of comparisons: that any of those below 0.05 is an error has a chance of at most 5 %.
+
+    NaN stays NaN and does not count.
+    """
     order = sorted((p, i) for i, p in enumerate(values) if not math.isnan(p))
     adjusted, largest = [math.nan] * len(values), 0.0
     for rank, (p, i) in enumerate(order):

@@ -72,7 +72,7 @@ def title(block: Block) -> str:
 
 
 def blocks_of(records: Sequence[Record]) -> list[Block]:
-    """The blocks that have judged runs or tuning runs, in the order of their first runs."""
+    """The blocks that have runs, judged or tuning ones, in the order of their first runs."""
     return list(dict.fromkeys(Block.of(one) for one in records))
 
 
@@ -110,8 +110,8 @@ def measure_table(measure: Measure, runs: dict[str, dict[int, Record]]) -> str:
     tests = dict(zip(known, zip(*adjusted, strict=True), strict=True))
     lines = [
         measure.title,
-        f"{'method':17}{'n':>2}{'mean':>8}  {'less AdamW':26}{'t':>5}{'flips':>6}   "
-        f"{'less the rival of the same price':26}{'t':>5}{'flips':>6}",
+        f"{'method':17}{'n':>2}{'mean':>8}  {'less AdamW':26}{'t':>6}{'flips':>6}   "
+        f"{'less rival of equal price':26}{'t':>6}{'flips':>6}",
     ]
     for method, of in runs.items():
         if of:
@@ -127,12 +127,12 @@ def measure_table(measure: Measure, runs: dict[str, dict[int, Record]]) -> str:
 def cell(one: Comparison | None, tests: tuple[float, float] | None, digits: int) -> str:
     """A difference with its interval, and the adjusted p of both tests; `*` if both are below `LEVEL`."""
     if one is None:
-        return " " * 37
+        return " " * 38
     if one.count == 1:
-        return f"{one.mean:+.{digits}f}".ljust(37)
+        return f"{one.mean:+.{digits}f}".ljust(38)
     mark = "*" if max(tests) < LEVEL else ""
     interval = f"{one.mean:+.{digits}f} [{one.low:+.{digits}f}, {one.high:+.{digits}f}]{mark}"
-    return f"{interval:26}{tests[0]:>5.2f}{tests[1]:>6.2f}"
+    return f"{interval:26}{tests[0]:>6.3f}{tests[1]:>6.3f}"
 
 
 def time_ratio(of: dict[int, Record], adamw: dict[int, Record]) -> str:

@@ -17,8 +17,10 @@ WARM_UP, DECAY = 0.1, 0.3
 
 @dataclass
 class Cost:
-    """Steps, passes over the model, and processor seconds of the steps, the first of which counts as the mean of the
-    others, because it may compile."""
+    """Steps of a run, passes over the model, and processor seconds of the steps.
+
+    The first step counts as the mean of the others, because it may compile.
+    """
 
     steps: int
     passes: int
