@@ -1,0 +1,1 @@
+"""Experiments on what sharpness-aware training is good for: forgetting, rounding of weights, wrong labels."""

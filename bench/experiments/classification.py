@@ -1,0 +1,127 @@
+"""Fine-tunes a pretrained encoder to classify texts, some of whose labels are wrong."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from bench.generalisation import stratified
+from bench.records import Record
+from fsam_triton.finetune.models import encode, load_model, load_tokenizer
+from fsam_triton.finetune.texts import Texts, label_names, read_bbc_news, read_texts
+
+from .choices import CLASSIFICATION, Block, Setting
+from .methods import METHODS
+from .quantisation import BITS, rounded
+from .training import epochs, train
+
+BBC = "BBC news"
+BATCH, TOKENS = 16, 32
+# At most; of a small file at most these shares.
+TEST, VALIDATION, TRAINING = (800, 0.3), (500, 0.2), (256, 0.5)
+EPOCHS = 3
+
+
+def load_texts(source: str) -> tuple[str, Texts]:
+    """The name and the texts of `"bbc"`, the packaged BBC news, or of a file of texts and labels; each text once."""
+    if source == "bbc":
+        name, texts = BBC, read_bbc_news(train_per_label=1000, validation_per_label=0)[0]
+    else:
+        name, texts = Path(source).stem.replace("_", " "), read_texts(source)
+    return name, texts.select(list({row: i for i, row in enumerate(texts.rows)}.values()))
+
+
+def with_wrong_labels(labels: Sequence[int], count: int, noise: float, seed: int) -> list[int]:
+    """The labels, a share of them replaced by another one, all others being as likely.
+
+    Args:
+        labels: numbers below `count`.
+        count: of the labels there are.
+        noise: the share, of which exactly the nearest number of labels is wrong.
+        seed: which ones, and what they become.
+    """
+    generator = random.Random(seed)
+    wrong = list(labels)
+    # All are drawn, so that at one seed the labels that are wrong at 20 % are at 40 %, too.
+    for i in generator.sample(range(len(labels)), len(labels))[: round(noise * len(labels))]:
+        wrong[i] = (labels[i] + random.Random(f"{seed} {i}").randrange(1, count)) % count
+    return wrong
+
+
+class Task:
+    """A data set, split and encoded for a model.
+
+    Args:
+        name: of the data.
+        texts: with labels; each once.
+        model: folder of the pretrained model.
+        tokens: texts are cut to so many.
+    """
+
+    def __init__(self, name: str, texts: Texts, model: str, tokens: int = TOKENS) -> None:
+        self.name, self.path, self.names, self.tokens = name, model, label_names(texts), tokens
+        self.tokenizer = load_tokenizer(model)
+        self.collate = transformers.DataCollatorWithPadding(self.tokenizer)
+        test, validation, self.training = (
+            min(most, int(share * len(texts))) for most, share in (TEST, VALIDATION, TRAINING)
+        )
+        test, rest = stratified(texts, test, seed=0)
+        validation, self.pool = stratified(rest, validation, seed=0)
+        self.judges = {"test": self.encode(test), "validation": self.encode(validation)}
+
+    def encode(self, texts: Texts) -> list[dict[str, Any]]:
+        return encode(self.tokenizer, texts, self.tokens, self.names)
+
+    def block(self, noise: float) -> Block:
+        """The runs at a share of wrong labels."""
+        return Block(CLASSIFICATION, Path(self.path).name, self.name, noise, self.training, EPOCHS)
+
+    def training_texts(self, setting: Setting) -> list[dict[str, Any]]:
+        """What a run is trained on: of one seed the same texts, and the same labels are wrong."""
+        train = self.encode(stratified(self.pool, setting.texts, setting.seed)[0])
+        labels = [one["labels"] for one in train]
+        labels = with_wrong_labels(labels, len(self.names), setting.noise, setting.seed)
+        return [one | {"labels": label} for one, label in zip(train, labels, strict=True)]
+
+    def run(self, setting: Setting) -> Record:
+        """Train and judge, on test texts with rounded weights, too."""
+        transformers.set_seed(setting.seed)
+        model, novel = load_model(self.path, self.names)
+        texts = self.training_texts(setting)
+        batches = [
+            dict(self.collate([texts[i] for i in batch]))
+            for batch in epochs(len(texts), BATCH, setting.epochs, setting.seed)
+        ]
+
+        def loss(batch: dict[str, Any]) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+            return torch.nn.functional.cross_entropy(logits.float(), batch["labels"])
+
+        choice = (setting.learning_rate, setting.strength)
+        cost = train(model, METHODS[setting.method], batches, loss, *choice, setting.seed, novel)
+        accuracy, value = self.judge(model, setting.judged_on)
+        result: Record = {"accuracy": accuracy, "loss": value}
+        for bits in BITS if setting.judged_on == "test" else ():
+            with rounded(model, bits):
+                result[f"accuracy_{bits}"], result[f"loss_{bits}"] = self.judge(model, setting.judged_on)
+        return result | vars(cost) | {"torch": torch.__version__}
+
+    @torch.no_grad()
+    def judge(self, model: torch.nn.Module, part: str) -> tuple[float, float]:
+        """Accuracy and loss, without dropout."""
+        # By length, so that little is padded.
+        features = sorted(self.judges[part], key=lambda one: len(one["input_ids"]))
+        logits = []
+        for i in range(0, len(features), 50):
+            batch = self.collate([{k: v for k, v in one.items() if k != "labels"} for one in features[i : i + 50]])
+            with torch.autocast("cpu", torch.bfloat16):
+                logits.append(model(**batch).logits.float())
+        logits, labels = torch.cat(logits), torch.tensor([one["labels"] for one in features])
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        return (logits.argmax(-1) == labels).double().mean().item(), loss.item()

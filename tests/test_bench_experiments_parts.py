@@ -1,0 +1,207 @@
+"""What bench/experiments is made of is right: its statistics, its rounding of weights, its wrong labels, its steps."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from tests.test_fidelity import load_bench
+
+pytest.importorskip("transformers")
+load_bench()
+
+from bench.experiments import comparisons  # noqa: E402
+from bench.experiments.classification import with_wrong_labels  # noqa: E402
+from bench.experiments.methods import METHODS  # noqa: E402
+from bench.experiments.quantisation import linear_weights, round_to_nearest, rounded  # noqa: E402
+from bench.experiments.training import epochs, rate, train  # noqa: E402
+
+NORMAL = np.random.default_rng(0).normal(0.3, 1.0, size=(2, 8))
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
+
+def test_interval_and_p_are_those_of_scipys_paired_t_test():
+    found, expected = comparisons.compare(NORMAL[0] - NORMAL[1]), scipy.stats.ttest_rel(*NORMAL)
+    interval = expected.confidence_interval(0.95)
+    assert (found.count, found.mean) == (8, pytest.approx(NORMAL[0].mean() - NORMAL[1].mean()))
+    assert (found.low, found.high, found.t) == pytest.approx((interval.low, interval.high, expected.pvalue))
+
+
+@pytest.mark.parametrize("values", [NORMAL[0], NORMAL[1], np.arange(5.0) - 1, np.array([1.0, 1, 1, 1, 1])])
+def test_sign_flips_are_scipys_permutation_test_of_samples(values):
+    expected = scipy.stats.permutation_test(
+        (values, np.zeros_like(values)),
+        lambda a, b, axis: np.mean(a - b, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=np.inf,
+    )
+    assert comparisons.sign_flips(values) == pytest.approx(expected.pvalue)
+
+
+def test_drawn_sign_flips_estimate_the_listed_ones(monkeypatch):
+    values = np.random.default_rng(1).normal(0.4, 1.0, size=14)
+    listed = comparisons.sign_flips(values)
+    monkeypatch.setattr(comparisons, "LISTED", 13)
+    # Five standard deviations of 20,000 draws, and the one that is added.
+    assert comparisons.sign_flips(values) == pytest.approx(listed, abs=5 * (listed * (1 - listed) / 2e4) ** 0.5 + 5e-5)
+
+
+def test_holm_is_closed_testing_with_bonferroni():
+    """An adjusted p is the largest Bonferroni p of all families that the comparison belongs to."""
+    values = [0.04, 0.001, 0.6, 0.01, 0.02]
+    families = [f for size in range(1, 6) for f in itertools.combinations(range(5), size)]
+    p_of = {family: min(1.0, len(family) * min(values[i] for i in family)) for family in families}
+    expected = [max(p for family, p in p_of.items() if i in family) for i in range(5)]
+    assert comparisons.holm(values) == pytest.approx(expected)
+
+
+def test_holm_does_not_count_comparisons_without_p():
+    adjusted = comparisons.holm([0.02, float("nan"), 0.03])
+    assert (adjusted[0], adjusted[2]) == (0.04, 0.04)
+    assert np.isnan(adjusted[1])
+
+
+def test_one_pair_has_a_difference_and_no_test():
+    one = comparisons.compare([0.5])
+    assert (one.count, one.mean) == (1, 0.5)
+    assert np.isnan([one.low, one.high, one.t, one.flips]).all()
+
+
+# -- rounding ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("columns", [128, 100])
+def test_weight_moves_by_at_most_half_a_step_of_its_group(bits, columns):
+    weight = torch.randn(3, columns, generator=torch.Generator().manual_seed(0))
+    left = round_to_nearest(weight, bits)
+    for group, own in zip(weight.split(64, 1), left.split(64, 1), strict=True):
+        step = group.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+        # The largest weight is itself; 2**-20 for the roundings of fp32.
+        assert ((group - own).abs() <= step * (0.5 + 2**-20)).all()
+        assert all(len(row.unique()) <= 2**bits - 1 for row in own)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_rounding_is_torchaos(bits):
+    pytest.importorskip("torchao")
+    from torchao.quantization.quant_primitives import (
+        MappingType,
+        choose_qparams_affine,
+        dequantize_affine,
+        quantize_affine,
+    )
+
+    weight = torch.randn(5, 192, generator=torch.Generator().manual_seed(1))
+    limits = {"quant_min": 1 - 2 ** (bits - 1), "quant_max": 2 ** (bits - 1) - 1}
+    scale, zero = choose_qparams_affine(weight, MappingType.SYMMETRIC, (1, 64), torch.int8, **limits)
+    codes = quantize_affine(weight, (1, 64), scale, zero, torch.int8, **limits)
+    expected = dequantize_affine(codes, (1, 64), scale, zero, torch.int8, **limits)
+    # torchao multiplies by the scale's reciprocal, so that a weight midway between two values may go either way.
+    far = (round_to_nearest(weight, bits) - expected).abs() > 2**-20
+    step = scale.repeat_interleave(64, dim=1)
+    midway = ((weight / step).abs() % 1 - 0.5).abs() < 2**-16
+    assert not (far & ~midway).any()
+
+
+def test_zeros_stay_zeros():
+    assert (round_to_nearest(torch.zeros(2, 64), 4) == 0).all()
+
+
+class Small(torch.nn.Module):
+    """An embedding, whose weights the last layer shares, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(6, 64)
+        self.linear = torch.nn.Linear(64, 64)
+        self.head = torch.nn.Linear(64, 6, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, numbers):
+        return self.head(torch.tanh(self.linear(self.embedding(numbers))))
+
+
+def test_only_linear_weights_are_rounded_and_come_back_to_the_bit():
+    model = Small()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert linear_weights(model) == [model.linear.weight]
+    with rounded(model, 4):
+        changed = {name for name, p in model.named_parameters() if not p.equal(before[name])}
+        assert model.linear.weight.equal(round_to_nearest(before["linear.weight"], 4))
+    assert changed == {"linear.weight"}
+    assert all(p.equal(before[name]) for name, p in model.named_parameters())
+
+
+# -- labels, batches, steps --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.2, 0.4])
+def test_exactly_that_share_of_labels_is_wrong_and_the_others_are_as_likely(noise):
+    labels = [i % 5 for i in range(1000)]
+    wrong = with_wrong_labels(labels, 5, noise, seed=1)
+    moved = Counter((new - old) % 5 for old, new in zip(labels, wrong, strict=True))
+    assert 1000 - moved[0] == 1000 * noise
+    # Five standard deviations of a binomial.
+    assert all(moved[k] == pytest.approx(250 * noise, abs=5 * (187.5 * noise) ** 0.5) for k in range(1, 5))
+    assert wrong == with_wrong_labels(labels, 5, noise, seed=1)
+
+
+def test_labels_wrong_at_20_percent_are_wrong_in_the_same_way_at_40():
+    labels = [i % 3 for i in range(100)]
+    some, more = (with_wrong_labels(labels, 3, noise, seed=2) for noise in (0.2, 0.4))
+    assert all(new == more[i] for i, new in enumerate(some) if new != labels[i])
+    assert some != with_wrong_labels(labels, 3, 0.2, seed=3)
+
+
+def test_twice_the_epochs_begin_with_the_same_batches():
+    once, twice = (epochs(10, 4, times, seed=3) for times in (1, 2))
+    assert twice[:3] == once
+    assert sorted(i for batch in once for i in batch) == sorted(i for batch in twice[3:] for i in batch) == [*range(10)]
+    assert twice[3:] != once
+
+
+@pytest.mark.parametrize(("decay", "falls_from"), [("linear", 10), ("wsd", 70), ("none", 100)])
+def test_learning_rate_rises_in_a_tenth_and_falls_from_where_it_should(decay, falls_from):
+    rates = [rate(decay, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([k / 10 for k in range(1, 11)])
+    assert [one == 1.0 for one in rates[9:]] == [step < falls_from for step in range(9, 100)]
+    assert all(a > b > 0 for a, b in itertools.pairwise(rates[falls_from:]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_with_the_passes_of_its_price(method):
+    model, numbers = Small(), torch.arange(6)
+    own = METHODS[method]
+
+    def loss(batch):
+        return torch.nn.functional.cross_entropy(model(batch), batch)
+
+    before = loss(numbers).item()
+    cost = train(model, own, [numbers] * 20, loss, 1e-2, own.start, seed=0)
+    sharp = {"SAM": 20, "FSAM, 0.1": 20, "FriendlySAM": 20, "tail-SAM, WSD": 6}
+    assert (cost.steps, cost.passes) == (20, 20 + sharp.get(method, 0))
+    assert loss(numbers).item() < before / 2
+    assert not model.training
+
+
+def test_l2_sp_does_not_pull_a_new_head():
+    optimizer = METHODS["AdamW-L2SP"].build(Small(), 1e-3, 10.0, novel=["linear.weight"])
+    assert optimizer.param_groups[0]["l2_sp"] == 10.0
+    model = Small()
+    optimizer = METHODS["AdamW-L2SP"].build(model, 1e-3, 100.0, novel=["linear.weight"])
+    start = [model.linear.weight.detach().clone(), model.embedding.weight.detach().clone()]
+    with torch.no_grad():
+        model.linear.weight.add_(1.0)
+        model.embedding.weight.add_(1.0)
+    sum((p * 0).sum() for p in model.parameters()).backward()
+    optimizer.step()
+    assert (model.embedding.weight - start[1]).mean().item() == pytest.approx(0.9, abs=1e-4)
+    assert (model.linear.weight - start[0]).mean().item() == pytest.approx(1.0, abs=1e-4)
