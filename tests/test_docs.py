@@ -26,6 +26,7 @@ MODULES = (
     "fisher.estimate",
     "fisher.losses",
     "integrations.lightning",
+    "integrations.optim_args",
     "integrations.transformers",
     "masks.perturbed",
     "masks.trained",
@@ -36,6 +37,7 @@ MODULES = (
     "optim.momentum_sam",
     "optim.sam",
     "optim.schedule",
+    "optim.two_pass",
     "sparse_training.delta",
     "sparse_training.merger",
 )
