@@ -286,12 +286,12 @@ def test_tokenizer_made_for_the_texts_gives_them_back_and_is_always_the_same(sen
 
 
 def test_model_from_scratch_learns_which_word_follows(lm_options, tmp_path):
-    """Every text is the same, so a loss of nearly nothing can be reached."""
+    """Every text is the same, so a loss of nearly nothing can be reached; who knows no order has a perplexity of 10."""
     (tmp_path / "same.txt").write_text("good fine bright bad dull grey film plot was the\n" * 8)
     files = ["--train_file", str(tmp_path / "same.txt"), "--validation_file", str(tmp_path / "same.txt")]
     index = lm_options.index("--model_name_or_path")
     options = lm_options[:index] + lm_options[index + 2 :]
-    (run,) = trained(options, *files, "--sam_type", "sam", "--max_steps", "30")
+    (run,) = trained(options, *files, "--sam_type", "sam", "--max_steps", "60")
     assert run.losses[0] > 3
     assert run.evaluations[-1][1] < 1.5
     assert len(WORDS) == 10
