@@ -121,9 +121,9 @@ class TwoPass(Optimizer):
         if closure is None:
             self._finish()
             return None
-        splits_none = batch is not None or self.splits_batches
+        can_split = batch is not None or self.splits_batches
         for name, part in (("gamma", self.gamma), ("ascent_fraction", self.ascent_fraction)):
-            check(part == 1 or splits_none, name, part, "must be 1 without a batch: step(closure, batch)")
+            check(part == 1 or can_split, name, part, "must be 1 without a batch: step(closure, batch)")
         loss = None
         try:
             perturbed = self.perturbed
@@ -145,7 +145,7 @@ class TwoPass(Optimizer):
 
     def _finish(self) -> None:
         if self._carried:
-            raise RuntimeError("carry_gradients() without perturb(): zero_grad() lets go of what it took")
+            raise RuntimeError("carry_gradients() without perturb(): zero_grad() drops the gradients set aside")
         self._warn_if_forgotten()
         try:
             self._descend_all()
