@@ -226,18 +226,18 @@ class SharpnessAwareMixin:
         if which.fraction < 1 and items is not None:
             # Of which the loss is a sum, over as many items as the step has.
             whole, part = map(self._count_items, (which.inputs, self.ascent_inputs(which.inputs)))
-            items = items * (part / whole) if whole else items
+            items = items * (part / whole).to(items.device if isinstance(items, Tensor) else whole.device)
         try:
             return super().training_step(model, which.inputs, items)
         finally:
             self._current = None
 
-    def _count_items(self, inputs: Mapping[str, Tensor]) -> int:
-        """The labels that count, as Trainer counts them for `num_items_in_batch`."""
+    def _count_items(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The labels that count, at least 1, as Trainer counts them for `num_items_in_batch`; nothing waits for it."""
         labels = inputs.get("shift_labels", inputs["labels"])
         if "shift_labels" not in inputs and getattr(self, "_loss_shifts_labels", False):
             labels = labels[..., 1:]
-        return int(labels.ne(-100).sum())
+        return labels.ne(-100).sum().clamp(min=1)
 
     def ascent_inputs(self, inputs: Any) -> Any:
         """The part of a micro-batch that the first pass sees with ``ascent_fraction < 1``; override it for other
