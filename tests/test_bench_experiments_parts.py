@@ -1,4 +1,4 @@
-"""What bench/experiments is made of is right: its statistics, its rounding of weights, its wrong labels, its steps."""
+"""What bench/experiments is made of is right: its statistics, its wrong labels, its steps."""
 
 import itertools
 from collections import Counter
@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 import torch
 
+from tests.analysis.cases import TiedHead
 from tests.test_fidelity import load_bench
 
 pytest.importorskip("transformers")
@@ -16,7 +17,6 @@ load_bench()
 from bench.experiments import comparisons  # noqa: E402
 from bench.experiments.classification import with_wrong_labels  # noqa: E402
 from bench.experiments.methods import METHODS  # noqa: E402
-from bench.experiments.quantisation import linear_weights, round_to_nearest, rounded  # noqa: E402
 from bench.experiments.training import epochs, rate, train  # noqa: E402
 
 NORMAL = np.random.default_rng(0).normal(0.3, 1.0, size=(2, 8))
@@ -73,73 +73,6 @@ def test_one_pair_has_a_difference_and_no_test():
     assert np.isnan([one.low, one.high, one.t, one.flips]).all()
 
 
-# -- rounding ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bits", [8, 4, 3])
-@pytest.mark.parametrize("columns", [128, 100])
-def test_weight_moves_by_at_most_half_a_step_of_its_group(bits, columns):
-    weight = torch.randn(3, columns, generator=torch.Generator().manual_seed(0))
-    left = round_to_nearest(weight, bits)
-    for group, own in zip(weight.split(64, 1), left.split(64, 1), strict=True):
-        step = group.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
-        # The largest weight is itself; 2**-20 for the roundings of fp32.
-        assert ((group - own).abs() <= step * (0.5 + 2**-20)).all()
-        assert all(len(row.unique()) <= 2**bits - 1 for row in own)
-
-
-@pytest.mark.parametrize("bits", [8, 4, 3])
-def test_rounding_is_torchaos(bits):
-    pytest.importorskip("torchao")
-    from torchao.quantization.quant_primitives import (
-        MappingType,
-        choose_qparams_affine,
-        dequantize_affine,
-        quantize_affine,
-    )
-
-    weight = torch.randn(5, 192, generator=torch.Generator().manual_seed(1))
-    limits = {"quant_min": 1 - 2 ** (bits - 1), "quant_max": 2 ** (bits - 1) - 1}
-    scale, zero = choose_qparams_affine(weight, MappingType.SYMMETRIC, (1, 64), torch.int8, **limits)
-    codes = quantize_affine(weight, (1, 64), scale, zero, torch.int8, **limits)
-    expected = dequantize_affine(codes, (1, 64), scale, zero, torch.int8, **limits)
-    # torchao multiplies by the scale's reciprocal, so that a weight midway between two values may go either way.
-    far = (round_to_nearest(weight, bits) - expected).abs() > 2**-20
-    step = scale.repeat_interleave(64, dim=1)
-    midway = ((weight / step).abs() % 1 - 0.5).abs() < 2**-16
-    assert not (far & ~midway).any()
-
-
-def test_zeros_stay_zeros():
-    assert (round_to_nearest(torch.zeros(2, 64), 4) == 0).all()
-
-
-class Small(torch.nn.Module):
-    """An embedding, whose weights the last layer shares, and a linear layer."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = torch.nn.Embedding(6, 64)
-        self.linear = torch.nn.Linear(64, 64)
-        self.head = torch.nn.Linear(64, 6, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, numbers):
-        return self.head(torch.tanh(self.linear(self.embedding(numbers))))
-
-
-def test_only_linear_weights_are_rounded_and_come_back_to_the_bit():
-    model = Small()
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    assert linear_weights(model) == [model.linear.weight]
-    with rounded(model, 4):
-        changed = {name for name, p in model.named_parameters() if not p.equal(before[name])}
-        assert model.linear.weight.equal(round_to_nearest(before["linear.weight"], 4))
-    assert changed == {"linear.weight"}
-    assert all(p.equal(before[name]) for name, p in model.named_parameters())
-
-
 # -- labels, batches, steps --------------------------------------------------------------------------------------------
 
 
@@ -178,7 +111,7 @@ def test_learning_rate_rises_in_a_tenth_and_falls_from_where_it_should(decay, fa
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_trains_with_the_passes_of_its_price(method):
-    model, numbers = Small(), torch.arange(6)
+    model, numbers = TiedHead(), torch.arange(6)
     own = METHODS[method]
 
     def loss(batch):
@@ -193,9 +126,9 @@ def test_each_method_trains_with_the_passes_of_its_price(method):
 
 
 def test_l2_sp_does_not_pull_a_new_head():
-    optimizer = METHODS["AdamW-L2SP"].build(Small(), 1e-3, 10.0, novel=["linear.weight"])
+    optimizer = METHODS["AdamW-L2SP"].build(TiedHead(), 1e-3, 10.0, novel=["linear.weight"])
     assert optimizer.param_groups[0]["l2_sp"] == 10.0
-    model = Small()
+    model = TiedHead()
     optimizer = METHODS["AdamW-L2SP"].build(model, 1e-3, 100.0, novel=["linear.weight"])
     start = [model.linear.weight.detach().clone(), model.embedding.weight.detach().clone()]
     with torch.no_grad():

@@ -15,6 +15,8 @@ SEEDS = tuple(range(1, 11))
 CHOICE_SEEDS = (101, 102)
 # Values that a search evaluates at most in each direction from where it begins.
 REACH = 3
+# Weights are rounded to so many bits, besides.
+BITS = (8, 4, 3)
 CLASSIFICATION, PRETRAINING, FINE_TUNING = "classification", "pretraining", "fine-tuning"
 # Where the search for the learning rate begins.
 START = {CLASSIFICATION: 1e-4, PRETRAINING: 2e-3, FINE_TUNING: 5e-4}

@@ -12,12 +12,12 @@ import transformers
 
 from bench.generalisation import stratified
 from bench.records import Record
+from fsam_triton.analysis import rounded_weights
 from fsam_triton.finetune.models import encode, load_model, load_tokenizer
 from fsam_triton.finetune.texts import Texts, label_names, read_bbc_news, read_texts
 
-from .choices import CLASSIFICATION, Block, Setting
+from .choices import BITS, CLASSIFICATION, Block, Setting
 from .methods import METHODS
-from .quantisation import BITS, rounded
 from .training import epochs, train
 
 BBC = "BBC news"
@@ -108,7 +108,7 @@ class Task:
         accuracy, value = self.judge(model, setting.judged_on)
         result: Record = {"accuracy": accuracy, "loss": value}
         for bits in BITS if setting.judged_on == "test" else ():
-            with rounded(model, bits):
+            with rounded_weights(model, bits):
                 result[f"accuracy_{bits}"], result[f"loss_{bits}"] = self.judge(model, setting.judged_on)
         return result | vars(cost) | {"torch": torch.__version__}
 

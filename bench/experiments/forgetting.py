@@ -15,11 +15,11 @@ import transformers
 from torch import Tensor
 
 from bench.records import Record
+from fsam_triton.analysis import rounded_weights
 from fsam_triton.files import written_whole
 
-from .choices import PRETRAINING, START, Block, Setting
+from .choices import BITS, PRETRAINING, START, Block, Setting
 from .methods import ADAMW, METHODS, Method
-from .quantisation import BITS, rounded
 from .training import epochs, train
 
 WINDOW, VOCABULARY = 64, 4096
@@ -175,7 +175,7 @@ class Forgetting:
         """The mean loss of a token of both corpora, and the same with rounded weights in tests."""
         found = {f"{name}_loss{suffix}": self.loss(model, name, part) for name in ("old", "new")}
         for bits in BITS if rounding and part == "test" else ():
-            with rounded(model, bits):
+            with rounded_weights(model, bits):
                 found |= {f"{name}_loss{suffix}_{bits}": self.loss(model, name, part) for name in ("old", "new")}
         return found
 

@@ -109,3 +109,18 @@ def next_token(model: nn.Module, batch: transformers.BatchEncoding) -> Tensor:
 def token_batch(n: int, seed: int) -> transformers.BatchEncoding:
     ids = torch.randint(7, (n, 6), generator=torch.Generator().manual_seed(seed))
     return transformers.BatchEncoding({"input_ids": ids})
+
+
+class TiedHead(torch.nn.Module):
+    """An embedding, whose weights the last layer shares, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(6, 64)
+        self.linear = torch.nn.Linear(64, 64)
+        self.head = torch.nn.Linear(64, 6, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, numbers):
+        return self.head(torch.tanh(self.linear(self.embedding(numbers))))
