@@ -115,9 +115,8 @@ class Task:
         ]
 
         def loss(batch: dict[str, Any]) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-            return torch.nn.functional.cross_entropy(logits.float(), batch["labels"])
+            logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+            return torch.nn.functional.cross_entropy(logits, batch["labels"])
 
         choice = (setting.learning_rate, setting.strength)
         cost = train(model, METHODS[setting.method], batches, loss, *choice, setting.seed, novel)
@@ -138,8 +137,7 @@ class Task:
         logits = []
         for i in range(0, len(features), 50):
             batch = self.collate([{k: v for k, v in one.items() if k != "labels"} for one in features[i : i + 50]])
-            with torch.autocast("cpu", torch.bfloat16):
-                logits.append(model(**batch).logits.float())
+            logits.append(model(**batch).logits)
         logits, labels = torch.cat(logits), torch.tensor([one["labels"] for one in features])
         loss = torch.nn.functional.cross_entropy(logits, labels)
         return (logits.argmax(-1) == labels).double().mean().item(), loss.item()
