@@ -11,7 +11,7 @@ file of texts is a TSV, CSV or JSON file that `fsam-finetune` can read; `bbc` is
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,9 +23,10 @@ from bench.records import Record, record, recorded
 from fsam_triton.finetune.models import load_tokenizer, model_path
 from fsam_triton.finetune.options import Arguments
 
-from .choices import FINE_TUNING, PRETRAINING, SEEDS, Block, Setting, runs
+from .choices import FINE_TUNING, LORA, PRETRAINING, SEEDS, Block, Setting, runs
 from .classification import Task, load_texts
 from .forgetting import Corpora, Forgetting
+from .methods import METHODS
 from .tables import MARKER, report
 
 ROOT = Path(__file__).parents[2]
@@ -37,9 +38,11 @@ Run = Callable[[Setting], Record]
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", nargs="+", default=[], metavar="FILE", help="classify these texts")
+    parser.add_argument("--lora", nargs="+", default=[], metavar="FILE", help="classify these with LoRA adapters")
     parser.add_argument("--noise", nargs="+", type=float, default=[0.0, 0.2, 0.4], help="shares of wrong labels")
     parser.add_argument("--forgetting", nargs=2, metavar=("OLD", "NEW"), help="a language model's old and new texts")
     parser.add_argument("--model", help="folder of a pretrained encoder (default: the packaged MiniLM)")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="only these")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="the first so many")
     parser.add_argument("--runs", type=Path, default=RESULTS, help="file of results")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder for the pretrained language model")
@@ -62,8 +65,16 @@ def classification(source: str, noise: list[float], model: str) -> dict[Block, R
     return {task.block(share): task.run for share in noise}
 
 
-def experiment(path: Path, groups: list[dict[Block, Run]], seeds: Sequence[int]) -> None:
-    """Make all runs that the file lacks, of one group after the other."""
+def lora(source: str, model: str) -> dict[Block, Run]:
+    """The block of one data set whose classifiers are trained with adapters."""
+    task = Task(*load_texts(source), model)
+    return {task.block(experiment=LORA): task.run}
+
+
+def experiment(
+    path: Path, groups: list[dict[Block, Run]], seeds: Sequence[int], methods: Collection[str] = tuple(METHODS)
+) -> None:
+    """Make all runs of these methods that the file lacks, of one group after the other."""
     run_of = {block: run for group in groups for block, run in group.items()}
 
     def run(setting: Setting) -> Record:
@@ -76,7 +87,7 @@ def experiment(path: Path, groups: list[dict[Block, Run]], seeds: Sequence[int])
         return found
 
     for group in groups:
-        for _ in runs(list(group), seeds, look_up):
+        for _ in runs(list(group), seeds, look_up, methods):
             pass
 
 
@@ -87,15 +98,16 @@ def main() -> None:
         tables = report(recorded(given.runs))
         put_into(given.page, tables, MARKER) if given.page else print(tables)
         return
-    if not (given.texts or given.forgetting):
-        parser.error("--texts or --forgetting is needed to train")
+    if not (given.texts or given.lora or given.forgetting):
+        parser.error("--texts, --lora or --forgetting is needed to train")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     model = given.model or model_path(Arguments())
     groups = forgetting(given.forgetting, model, given.cache) if given.forgetting else []
     groups += [classification(source, given.noise, model) for source in given.texts]
-    experiment(given.runs, groups, SEEDS[: given.seeds])
+    groups += [lora(source, model) for source in given.lora]
+    experiment(given.runs, groups, SEEDS[: given.seeds], given.methods)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from bench.records import Record, find
 
-from .methods import METHODS
+from .methods import METHODS, ON_ADAPTERS, ON_ALL_WEIGHTS
 
 # Ten, because of five pairs no test that flips signs can give less than 0.06.
 SEEDS = tuple(range(1, 11))
@@ -17,9 +17,10 @@ CHOICE_SEEDS = (101, 102)
 REACH = 3
 # Weights are rounded to so many bits, besides.
 BITS = (8, 4, 3)
-CLASSIFICATION, PRETRAINING, FINE_TUNING = "classification", "pretraining", "fine-tuning"
+CLASSIFICATION, LORA = "classification", "classification with LoRA"
+PRETRAINING, FINE_TUNING = "pretraining", "fine-tuning"
 # Where the search for the learning rate begins.
-START = {CLASSIFICATION: 1e-4, PRETRAINING: 2e-3, FINE_TUNING: 5e-4}
+START = {CLASSIFICATION: 1e-4, LORA: 1e-3, PRETRAINING: 2e-3, FINE_TUNING: 5e-4}
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Setting:
     """A run.
 
     Args:
-        experiment: `CLASSIFICATION`, or which part of training has the method in the experiment on forgetting.
+        experiment: `CLASSIFICATION`, `LORA`, or which part of training has the method in the experiment on forgetting.
         model: name of the pretrained model.
         data: name of the data.
         noise: share of the training labels that are wrong.
@@ -35,7 +36,7 @@ class Setting:
         epochs: how often they are seen.
         method: one of `METHODS`.
         learning_rate: its peak.
-        strength: value of the method's tuned argument.
+        strength: value of the method's tuned argument; 0 if it is found before the run.
         seed: of the texts, their order, the labels and a new head: what runs of one seed share.
         judged_on: `"validation"` or `"test"`.
     """
@@ -78,6 +79,11 @@ class Block:
         epochs = self.epochs * METHODS[method].epochs
         common = (self.experiment, self.model, self.data, self.noise, self.texts, epochs)
         return Setting(*common, method, learning_rate, strength, seed, judged_on)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Those that are compared in it."""
+        return ON_ADAPTERS if self.experiment == LORA else ON_ALL_WEIGHTS
 
     @property
     def chosen_in(self) -> Block:
@@ -127,7 +133,7 @@ def choose(block: Block, method: str, look_up: LookUp) -> tuple[float, float]:
         return quality([look_up(setting) for setting in settings])
 
     rate = line_search(START[block.experiment], 2.0, lambda value: evaluate(value, own.start))
-    if own.tuned is None:
+    if own.tuned is None or own.found:
         return rate, own.start
     return rate, line_search(own.start, own.factor, lambda value: evaluate(rate, value))
 
@@ -137,12 +143,15 @@ def judged(block: Block, method: str, seed: int, look_up: LookUp) -> Setting:
     return block.setting(method, *choose(block, method, look_up), seed, "test")
 
 
-def runs(blocks: Sequence[Block], seeds: Sequence[int], look_up: LookUp) -> Iterator[Record]:
+def runs(
+    blocks: Sequence[Block], seeds: Sequence[int], look_up: LookUp, methods: Collection[str] = tuple(METHODS)
+) -> Iterator[Record]:
     """Look up all runs, those of the first seed in all blocks first; a method's choices come just before its first."""
     for seed in seeds:
         for block in blocks:
-            for method in METHODS:
-                yield look_up(judged(block, method, seed, look_up))
+            for method in block.methods:
+                if method in methods:
+                    yield look_up(judged(block, method, seed, look_up))
 
 
 class Missing(LookupError):
@@ -164,8 +173,8 @@ def in_records(records: Sequence[Record]) -> LookUp:
 def found_runs(block: Block, records: Sequence[Record]) -> dict[str, dict[int, Record]]:
     """The judged runs of a block by method and seed; of a method whose choices are not complete there are none."""
     look_up = in_records(records)
-    found: dict[str, dict[int, Record]] = {method: {} for method in METHODS}
-    for method in METHODS:
+    found: dict[str, dict[int, Record]] = {method: {} for method in block.methods}
+    for method in block.methods:
         try:
             choice = choose(block, method, look_up)
         except Missing:

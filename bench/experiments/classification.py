@@ -1,12 +1,13 @@
-"""Fine-tunes a pretrained encoder to classify texts, some of whose labels are wrong."""
+"""Fine-tunes a pretrained encoder, all weights or adapters, to classify texts, some of whose labels are wrong."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 
@@ -16,7 +17,7 @@ from fsam_triton.analysis import rounded_weights
 from fsam_triton.finetune.models import encode, load_model, load_tokenizer
 from fsam_triton.finetune.texts import Texts, label_names, read_bbc_news, read_texts
 
-from .choices import BITS, CLASSIFICATION, Block, Setting
+from .choices import BITS, CLASSIFICATION, LORA, Block, Setting
 from .methods import METHODS
 from .training import epochs, train
 
@@ -25,6 +26,7 @@ BATCH, TOKENS = 16, 32
 # At most; of a small file at most these shares.
 TEST, VALIDATION, TRAINING = (800, 0.3), (500, 0.2), (256, 0.5)
 EPOCHS = 3
+RANK = 8
 
 
 def load_texts(source: str) -> tuple[str, Texts]:
@@ -53,6 +55,18 @@ def with_wrong_labels(labels: Sequence[int], count: int, noise: float, seed: int
     return wrong
 
 
+def with_adapters(model: transformers.PreTrainedModel, novel: Collection[str]) -> peft.PeftModel:
+    """The model with LoRA adapters on all linear layers except the new head, which is trained as well.
+
+    Args:
+        model: with a new head.
+        novel: names of its parameters that are not pretrained.
+    """
+    head = sorted({name.rpartition(".")[0] for name in novel}) or None
+    options = {"target_modules": "all-linear", "exclude_modules": head, "modules_to_save": head}
+    return peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, **options))
+
+
 class Task:
     """A data set, split and encoded for a model.
 
@@ -77,9 +91,9 @@ class Task:
     def encode(self, texts: Texts) -> list[dict[str, Any]]:
         return encode(self.tokenizer, texts, self.tokens, self.names)
 
-    def block(self, noise: float) -> Block:
-        """The runs at a share of wrong labels."""
-        return Block(CLASSIFICATION, Path(self.path).name, self.name, noise, self.training, EPOCHS)
+    def block(self, noise: float = 0.0, experiment: str = CLASSIFICATION) -> Block:
+        """The runs at a share of wrong labels, of all weights or of adapters."""
+        return Block(experiment, Path(self.path).name, self.name, noise, self.training, EPOCHS)
 
     def training_texts(self, setting: Setting) -> list[dict[str, Any]]:
         """What a run is trained on: of one seed the same texts, and the same labels are wrong."""
@@ -89,9 +103,11 @@ class Task:
         return [one | {"labels": label} for one, label in zip(train, labels, strict=True)]
 
     def run(self, setting: Setting) -> Record:
-        """Train and judge, on test texts with rounded weights, too."""
+        """Train and judge, on test texts with rounded weights, too; adapters are merged first."""
         transformers.set_seed(setting.seed)
         model, novel = load_model(self.path, self.names)
+        if setting.experiment == LORA:
+            model = with_adapters(model, novel)
         texts = self.training_texts(setting)
         batches = [
             dict(self.collate([texts[i] for i in batch]))
@@ -99,12 +115,13 @@ class Task:
         ]
 
         def loss(batch: dict[str, Any]) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-            return torch.nn.functional.cross_entropy(logits.float(), batch["labels"])
+            logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+            return torch.nn.functional.cross_entropy(logits, batch["labels"])
 
         choice = (setting.learning_rate, setting.strength)
         cost = train(model, METHODS[setting.method], batches, loss, *choice, setting.seed, novel)
+        if setting.experiment == LORA:
+            model = model.merge_and_unload()
         accuracy, value = self.judge(model, setting.judged_on)
         result: Record = {"accuracy": accuracy, "loss": value}
         for bits in BITS if setting.judged_on == "test" else ():
@@ -120,8 +137,7 @@ class Task:
         logits = []
         for i in range(0, len(features), 50):
             batch = self.collate([{k: v for k, v in one.items() if k != "labels"} for one in features[i : i + 50]])
-            with torch.autocast("cpu", torch.bfloat16):
-                logits.append(model(**batch).logits.float())
+            logits.append(model(**batch).logits)
         logits, labels = torch.cat(logits), torch.tensor([one["labels"] for one in features])
         loss = torch.nn.functional.cross_entropy(logits, labels)
         return (logits.argmax(-1) == labels).double().mean().item(), loss.item()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fsam_triton import FSAM, AdamWL2SP, FisherMask, MomentumSAM, Schedule
+from fsam_triton import FSAM, AdamWL2SP, FisherMask, FlatLoRA, MomentumSAM, Schedule
 
 ADAMW, TWICE, STABLE = "AdamW", "AdamW, 2x epochs", "AdamW, WSD"
 
@@ -20,21 +20,25 @@ class Method:
     Args:
         optimizer: its class.
         tuned: name of the argument that is tuned besides the learning rate, or None.
+        found: `find_rho` finds its value before each run, on training texts, so that it is not tuned.
         start: where the search for its value begins.
         factor: of neighbouring values in that search.
         epochs: factor on the epochs.
         decay: of the learning rate: `"linear"`, `"wsd"` or `"none"`, see `training.rate`.
         rival: the method of about the same price that it is compared with besides AdamW, or None.
+        noise: `FlatLoRA`, whose sigma is tuned then instead of an argument of the optimizer, or None.
         options: other arguments of the optimizer.
     """
 
     optimizer: Callable[..., torch.optim.Optimizer]
     tuned: str | None = None
+    found: bool = False
     start: float = 0.0
     factor: float = 2.0
     epochs: int = 1
     decay: str = "linear"
     rival: str | None = None
+    noise: Callable[..., FlatLoRA] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def build(
@@ -45,7 +49,7 @@ class Method:
         seed: int = 0,
         novel: Iterable[str] = (),
     ) -> torch.optim.Optimizer:
-        """The optimizer of a model.
+        """The optimizer of a model's trained parameters.
 
         Args:
             model: what is trained.
@@ -54,13 +58,13 @@ class Method:
             seed: of the optimizer's random numbers.
             novel: names of the parameters that are not pretrained, which L2-SP pulls nowhere.
         """
-        named = list(model.named_parameters())
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         groups = [
             {"params": [(n, p) for n, p in named if p.ndim > 1], "weight_decay": 0.01},
             {"params": [(n, p) for n, p in named if p.ndim <= 1], "weight_decay": 0.0},
         ]
         options = {"lr": learning_rate, "max_grad_norm": 1.0, "seed": seed} | self.options
-        if self.tuned:
+        if self.tuned and not self.noise:
             options[self.tuned] = strength
         if self.tuned == "l2_sp":
             options["anchors"] = {n: p.detach().clone() for n, p in named if n not in set(novel)}
@@ -81,4 +85,9 @@ METHODS = {
     "momentum-SAM": Method(MomentumSAM, "rho", 0.1),
     "tail-SAM, WSD": _sharp(STABLE, "wsd", schedule=Schedule(last="decay")),
     "FriendlySAM": _sharp(sigma=1.0),
+    "SAM, find_rho": Method(FSAM, "rho", found=True, rival="SAM"),
+    "BAR": Method(AdamWL2SP, "balance", 1.0, factor=4.0),
+    "Flat-LoRA": Method(AdamWL2SP, "sigma", 0.05, noise=FlatLoRA),
 }
+ON_ADAPTERS = (ADAMW, TWICE, "SAM", "BAR", "Flat-LoRA")
+ON_ALL_WEIGHTS = tuple(name for name in METHODS if name not in ("BAR", "Flat-LoRA"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from bench.records import Record
 
-from .choices import CLASSIFICATION, PRETRAINING, SEEDS, Block, Missing, choose, found_runs, in_records
+from .choices import CLASSIFICATION, LORA, PRETRAINING, SEEDS, Block, Missing, choose, found_runs, in_records
 from .comparisons import Comparison, compare, holm
 from .methods import ADAMW, METHODS
 
@@ -57,15 +57,16 @@ _BEFORE = [
 
 def measures(block: Block) -> list[Measure]:
     """The figures that a block has a table of each."""
-    if block.experiment == CLASSIFICATION:
+    if block.experiment in (CLASSIFICATION, LORA):
         return _CLEAN if block.noise else _CLEAN + _ROUNDED
     return (_BEFORE if block.experiment == PRETRAINING else []) + _AFTER
 
 
 def title(block: Block) -> str:
     """What is trained on what."""
-    if block.experiment == CLASSIFICATION:
-        what = f"{block.texts} training texts, {block.epochs} epochs, {block.noise:.0%} wrong labels"
+    if block.experiment in (CLASSIFICATION, LORA):
+        trained = "LoRA adapters" if block.experiment == LORA else f"{block.noise:.0%} wrong labels"
+        what = f"{block.texts} training texts, {block.epochs} epochs, {trained}"
     else:
         what = f"the method has the {block.experiment}, {block.texts} batches"
     return f"{block.data}, {what} ({block.model})"
@@ -103,7 +104,8 @@ def measure_table(measure: Measure, runs: dict[str, dict[int, Record]]) -> str:
 
     All comparisons of a table are one family.
     """
-    rivals = {method: [ADAMW] + [own.rival] * bool(own.rival) for method, own in METHODS.items() if method != ADAMW}
+    rivals = {method: [ADAMW] + [METHODS[method].rival] * bool(METHODS[method].rival) for method in runs}
+    del rivals[ADAMW]
     found = {(m, r): pairs(measure, runs[m], runs[r]) for m, of in rivals.items() for r in of}
     known = {key: one for key, one in found.items() if one}
     adjusted = [holm([getattr(one, test) for one in known.values()]) for test in ("t", "flips")]
@@ -144,7 +146,8 @@ def time_ratio(of: dict[int, Record], adamw: dict[int, Record]) -> str:
 def choice_table(block: Block, records: Sequence[Record], runs: dict[str, dict[int, Record]]) -> str:
     """The choices of all methods, and the time of their steps."""
     lines = []
-    for method, own in METHODS.items():
+    for method, of in runs.items():
+        own = METHODS[method]
         asked: list[Record] = []
 
         def look_up(setting, asked=asked):
@@ -157,8 +160,10 @@ def choice_table(block: Block, records: Sequence[Record], runs: dict[str, dict[i
             lines.append(f"{method:17}not complete")
             continue
         tried = len({(one["learning_rate"], one["strength"]) for one in asked})
-        tuned = f"{own.tuned} {strength:g}" if own.tuned else ""
-        time = time_ratio(runs[method], runs[ADAMW])
+        if own.found:
+            strength = statistics.mean(one["rho"] for one in of.values() or asked)
+        tuned = f"{own.tuned} {strength:.3g}" if own.tuned else ""
+        time = time_ratio(of, runs[ADAMW])
         lines.append(f"{method:17}lr {rate:<8g}{tuned:12}of {tried:<2} tried{time:>9}")
     heading = f"chosen on validation texts{at(block)}"
     return "\n".join([f"{heading:51}  time", *lines])

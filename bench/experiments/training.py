@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fsam_triton.analysis import find_rho
+
 from .methods import Method
 
 WARM_UP, DECAY = 0.1, 0.3
@@ -17,14 +20,15 @@ WARM_UP, DECAY = 0.1, 0.3
 
 @dataclass
 class Cost:
-    """Steps of a run, passes over the model, and processor seconds of the steps.
+    """Steps of a run, passes over the model, processor seconds of the steps, and the rho that was found, if any.
 
-    The first step counts as the mean of the others, because it may compile.
+    The first step counts as the mean of the others, because it may compile. What `find_rho` takes does not count.
     """
 
     steps: int
     passes: int
     seconds: float
+    rho: float | None
 
 
 def rate(decay: str, step: int, total: int) -> float:
@@ -60,31 +64,34 @@ def train(
         batches: one a step.
         loss: the mean loss of a batch.
         learning_rate: the peak.
-        strength: of the method's tuned argument.
+        strength: of the method's tuned argument, unless that is found in the first batches.
         seed: of the optimizer.
         novel: names of the parameters that are not pretrained.
     """
-    optimizer = method.build(model, learning_rate, strength, seed, novel)
+    rho = find_rho(model, lambda _, batch: loss(batch), batches).rho if method.found else None
+    optimizer = method.build(model, learning_rate, strength if rho is None else rho, seed, novel)
     total, passes, seconds = len(batches), 0, []
+    noise = method.noise(model, optimizer, sigma=strength, total_steps=total, seed=seed) if method.noise else None
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(method.decay, step, total))
     model.train()
-    for batch in batches:
+    with noise or contextlib.nullcontext():
+        for batch in batches:
 
-        def closure(batch: Any = batch) -> Tensor:
-            nonlocal passes
-            passes += 1
-            optimizer.zero_grad()
-            value = loss(batch)
-            value.backward()
-            return value
+            def closure(batch: Any = batch) -> Tensor:
+                nonlocal passes
+                passes += 1
+                optimizer.zero_grad()
+                value = loss(batch)
+                value.backward()
+                return value
 
-        start = time.process_time()
-        optimizer.step(closure)
-        seconds.append(time.process_time() - start)
-        scheduler.step()
+            start = time.process_time()
+            optimizer.step(closure)
+            seconds.append(time.process_time() - start)
+            scheduler.step()
     model.eval()
     others = seconds[1:] or seconds
-    return Cost(total, passes, round(total * sum(others) / len(others), 3))
+    return Cost(total, passes, round(total * sum(others) / len(others), 3), rho)
 
 
 def epochs(count: int, size: int, times: int, seed: int) -> list[list[int]]:
