@@ -43,11 +43,12 @@ _THEME = {
 }
 
 
-def check_installed():
-    """Raise InputError if the page cannot be made for want of a package."""
+def is_possible(arguments):
+    """Whether there is to be a page and can be one; raise InputError if it was asked for and lacks a package."""
     missing = [name for name in ("jinja2", "matplotlib", "scipy") if not importlib.util.find_spec(name)]
-    if missing:
+    if arguments.report and arguments.report_folder and missing:
         raise InputError(f"--report needs {' and '.join(missing)}: pip install 'fsam-triton[demo]'")
+    return arguments.report_folder is not None and not missing
 
 
 def write_report(arguments, argv, task, runs, mask, sharpness):
@@ -75,7 +76,7 @@ def write_report(arguments, argv, task, runs, mask, sharpness):
         description=task.description,
         runs=runs,
         table=table_rows(runs),
-        table_note=table_note(runs[0].metric, PeakMemory(arguments.device).meaning),
+        table_note=table_note(runs, PeakMemory(arguments.device).meaning),
         pictures=draw_pictures(runs, {one.name: one.landscape for one in sharpness if one.landscape}),
         sharpness=sharpness,
         probe=probe,
@@ -86,7 +87,7 @@ def write_report(arguments, argv, task, runs, mask, sharpness):
         facts=facts(arguments, task.facts(arguments), mask),
         options=asdict(arguments),
     )
-    path = Path(arguments.report) / "report.html"
+    path = Path(arguments.report_folder) / "report.html"
     with written_whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path

@@ -12,6 +12,8 @@ from ..files import written_whole
 
 # How the table shows each metric.
 METRICS = {"accuracy": ".4f", "perplexity": ".2f"}
+# Weights are rounded to so many bits for an additional evaluation.
+ROUNDED_BITS = 4
 
 
 @dataclass
@@ -28,6 +30,8 @@ class Run:
         mask_density: share of each parameter's weights that the last Fisher mask perturbs; empty without such a mask.
         metric: what is judged besides the loss: a key of `METRICS`.
         rho_search: the fields of the `RhoSearch` of ``--rho auto``, or None.
+        rounded: (value of the metric, loss) of the last step's model with weights rounded to `ROUNDED_BITS`, or None.
+        m_sharpness: of the saved model, on the sample of training texts of the report; None without one.
     """
 
     name: str
@@ -39,6 +43,8 @@ class Run:
     mask_density: dict[str, float] = field(default_factory=dict)
     metric: str = "accuracy"
     rho_search: dict | None = None
+    rounded: tuple[float, float] | None = None
+    m_sharpness: float | None = None
 
     def summary(self):
         """Return the figures of the table as a dict; the time is the median, which leaves out compiling."""
@@ -95,37 +101,49 @@ class PeakMemory:
 
 
 def table_rows(runs):
-    """Return the figures of ``runs`` as rows of strings: the headings, then one row per run."""
+    """Return the figures of ``runs`` as rows of strings: the headings, then one row per run.
+
+    What has been measured of no run has no column; of a single one, a dash.
+    """
     metric = runs[0].metric
-    rows = [("optimizer", metric, "loss", "s/step", "peak MiB")]
-    for run in runs:
-        figures = run.summary()
-        rows.append(
-            (
-                run.name,
-                format(figures[f"eval_{metric}"], METRICS[metric]),
-                f"{figures['eval_loss']:.4f}",
-                f"{figures['seconds_per_step']:.3f}",
-                f"{figures['peak_memory_bytes'] / 2**20:,.0f}",
-            )
-        )
-    return rows
+    columns = {
+        metric: [format(run.evaluations[-1][1], METRICS[metric]) for run in runs],
+        "loss": [f"{run.evaluations[-1][2]:.4f}" for run in runs],
+        f"{ROUNDED_BITS}-bit {metric}": [run.rounded and format(run.rounded[0], METRICS[metric]) for run in runs],
+        "m-sharpness": [None if run.m_sharpness is None else f"{run.m_sharpness:.4f}" for run in runs],
+        "s/step": [f"{run.summary()['seconds_per_step']:.3f}" for run in runs],
+        "peak MiB": [f"{run.peak_memory_bytes / 2**20:,.0f}" for run in runs],
+    }
+    columns = {heading: cells for heading, cells in columns.items() if any(cells)}
+    names = [run.name for run in runs]
+    cells = ([cell or "-" for cell in column] for column in columns.values())
+    return [("optimizer", *columns), *zip(names, *cells, strict=True)]
 
 
-def table_note(metric, memory_meaning):
+def table_note(runs, memory_meaning):
     """Return what the figures of the table are, in words."""
-    return f"{metric} and loss on the validation texts; s/step: median; peak MiB: {memory_meaning}"
+    parts = [f"{runs[0].metric} and loss: on the validation texts"]
+    if any(run.rounded for run in runs):
+        parts.append(f"{ROUNDED_BITS}-bit: with the linear layers' weights rounded to {ROUNDED_BITS} bits")
+    if any(run.m_sharpness is not None for run in runs):
+        parts.append("m-sharpness: rise of the loss around the weights, on training texts")
+    return "; ".join([*parts, "s/step: median", f"peak MiB: {memory_meaning}"])
 
 
 def format_table(runs, memory_meaning):
     """Return the figures of ``runs`` as lines of text, one per run, under a heading."""
-    lines = [f"{name:<12}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in table_rows(runs)]
+    rows = table_rows(runs)
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = [
+        name.ljust(first) + "".join(f"  {cell.rjust(width)}" for cell, width in zip(cells, others, strict=True))
+        for name, *cells in rows
+    ]
     stopped = [
         f"{run.name}: stopped after step {len(run.losses)} of {run.total_steps}"
         for run in runs
         if len(run.losses) < run.total_steps
     ]
-    return "\n".join([*lines, *stopped, table_note(runs[0].metric, memory_meaning)])
+    return "\n".join([*lines, *stopped, table_note(runs, memory_meaning)])
 
 
 def draw_losses(runs, axes):

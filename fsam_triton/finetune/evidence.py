@@ -1,0 +1,47 @@
+"""Says how the figures of the default comparison compare with those of other seeds, from `python -m bench.demo`."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+from .options import SAM_TYPES, Arguments
+from .report import ROUNDED_BITS
+
+FILE = Path(__file__).with_name("evidence.json")
+# Options that do not change a figure.
+_FREE = {"output_dir", "overwrite_output_dir", "report", "save_steps", "resume_from_checkpoint", "seed", "use_cpu"}
+# What is compared: a figure of a run, or None if it was not measured.
+FIGURES = {
+    "accuracy": lambda run: run.evaluations[-1][1],
+    f"{ROUNDED_BITS}-bit accuracy": lambda run: run.rounded and run.rounded[0],
+    "m-sharpness": lambda run: run.m_sharpness,
+}
+
+
+@functools.cache
+def read_evidence():
+    """Return the content of the file: seeds, and the mean and 95 % interval of each difference from AdamW."""
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+def is_default(arguments):
+    """Whether the options are those of the comparison that the evidence is about."""
+    own, default = (dataclasses.asdict(one) for one in (arguments, Arguments()))
+    return all(own[name] == value for name, value in default.items() if name not in _FREE)
+
+
+def notes(arguments, runs):
+    """Return how the differences from AdamW at this seed compare with those at others, as lines; none if not known."""
+    finished = [run.name for run in runs if len(run.losses) == run.total_steps]
+    if not is_default(arguments) or finished != [SAM_TYPES[sam_type] for sam_type in arguments.sam_type]:
+        return []
+    evidence, (baseline, *others) = read_evidence(), runs
+    lines = [f"less {baseline.name}: here, and at {len(evidence['seeds'])} other seeds (mean, 95 % interval)"]
+    for run in others:
+        for name, figure in FIGURES.items():
+            if figure(run) is not None and figure(baseline) is not None:
+                here = figure(run) - figure(baseline)
+                mean, low, high = evidence["differences"][run.name][name]
+                lines.append(f"  {run.name:<12} {name:<15} {here:+.4f}   {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+    return lines
