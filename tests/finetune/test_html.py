@@ -452,7 +452,8 @@ CONTRASTS = """() => {
   }
   document.querySelectorAll('details').forEach(element => element.open = true)
   const own = element => [...element.childNodes].some(node => node.nodeType == 3 && node.data.trim())
-  const texts = [...document.body.querySelectorAll('*')].filter(own).map(element => {
+  const seen = [...document.body.querySelectorAll('*')].filter(element => own(element) && element.checkVisibility())
+  const texts = seen.map(element => {
     const style = getComputedStyle(element)
     return [contrast(element.closest('svg') ? style.fill : style.color, background(element)), element.outerHTML]
   })
