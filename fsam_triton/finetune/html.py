@@ -132,8 +132,10 @@ def outcome(runs, texts):
     def having(value):
         return ", ".join(run.name for run, own in zip(runs, values, strict=True) if own == value)
 
-    count = round((best - worst) * texts)
-    gap = f", a gap of {count} text{'s' if count > 1 else ''} in {texts}" if metric == "accuracy" else ""
+    gap = ""
+    if metric == "accuracy":
+        count = round((best - worst) * texts)
+        gap = f", a gap of {count} text{'s' if count > 1 else ''} in {texts}"
     return (
         f"The best {metric} on the validation texts is {best_shown} ({having(best)}), "
         f"the worst {worst_shown} ({having(worst)}){gap}."

@@ -153,6 +153,10 @@ def judged(metric="accuracy", **values):
             judged("perplexity", A=7.0, B=8.0),
             "The best perplexity on the validation texts is 7.00 (A), the worst 8.00 (B).",
         ),
+        (
+            judged("perplexity", A=7.0, B=math.inf),
+            "The best perplexity on the validation texts is 7.00 (A), the worst inf (B).",
+        ),
     ],
 )
 def test_outcome_names_the_best_and_the_worst(runs, sentence):
