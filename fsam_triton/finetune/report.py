@@ -1,5 +1,6 @@
 """Measures a training run and reports several: peak memory, a table, a plot of the curves."""
 
+import math
 import statistics
 import threading
 from dataclasses import dataclass, field
@@ -14,6 +15,10 @@ from ..files import written_whole
 METRICS = {"accuracy": ".4f", "perplexity": ".2f"}
 # Weights are rounded to so many bits for an additional evaluation.
 ROUNDED_BITS = 4
+# How plots tell runs apart besides by colour; dashes are lengths of lines and gaps, in line widths.
+_DASHES = ((), (4.5, 1.5), (1.2, 1.2), (6, 1.5, 1.2, 1.5), (8, 3))
+_MARKERS = "os^Dv<>PX*h"
+_MOST_POINTS = 50
 
 
 @dataclass
@@ -146,37 +151,55 @@ def format_table(runs, memory_meaning):
     return "\n".join([*lines, *stopped, table_note(runs, memory_meaning)])
 
 
+def line_style(number):
+    """Return the colour, dashes and marker of a run, as keywords of ``axes.plot``."""
+    # One more for each round, so that no two runs have both colour and dashes in common.
+    dashes = _DASHES[(number + number // len(_DASHES)) % len(_DASHES)]
+    return {
+        "color": f"C{number}",
+        "linestyle": (0, dashes) if dashes else "-",
+        "marker": _MARKERS[number % len(_MARKERS)],
+    }
+
+
+def steps_per_point(runs):
+    """Return how many steps have one point in the plot of the losses: several in long runs, to show less noise."""
+    return math.ceil(max(len(run.losses) for run in runs) / _MOST_POINTS)
+
+
 def draw_losses(runs, axes):
-    """Draw the training loss of each run's steps."""
-    for run in runs:
-        axes.plot(range(1, len(run.losses) + 1), run.losses, label=run.name)
-    losses = [loss for run in runs for loss in run.losses]
+    """Draw the training loss of each run's steps, as means over `steps_per_point` steps."""
+    count = steps_per_point(runs)
+    means = []
+    for number, run in enumerate(runs):
+        parts = [run.losses[start : start + count] for start in range(0, len(run.losses), count)]
+        means += (values := [statistics.fmean(part) for part in parts])
+        middles = [count * i + (len(part) + 1) / 2 for i, part in enumerate(parts)]
+        axes.plot(middles, values, label=run.name, **{**line_style(number), "marker": ""})
     # Within one decade the labels of a logarithmic scale are hard to read.
-    axes.set(xlabel="step", ylabel="training loss", yscale="log" if max(losses) > 10 * min(losses) else "linear")
+    axes.set(xlabel="step", ylabel="training loss", yscale="log" if max(means) > 10 * min(means) else "linear")
     _finish(axes)
 
 
 def draw_evaluations(runs, axes):
     """Draw the metric of each run on the validation texts after the steps at which it was evaluated."""
-    for run in runs:
+    for number, run in enumerate(runs):
         steps, values, _ = zip(*run.evaluations, strict=True)
-        axes.plot(steps, values, marker="o", label=run.name)
+        axes.plot(steps, values, label=run.name, **line_style(number))
     axes.set(xlabel="step", ylabel=f"validation {runs[0].metric}")
     _finish(axes)
 
 
 def draw_rho_searches(runs, axes):
     """Draw how the loss rises with rho, of each run whose rho was searched."""
-    for run in runs:
+    for number, run in enumerate(runs):
         if run.rho_search:
-            draw_rho_search(RhoSearch(**run.rho_search), axes, run.name)
-    axes.legend()
+            draw_rho_search(RhoSearch(**run.rho_search), axes, run.name, **line_style(number))
 
 
 def _finish(axes):
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    axes.grid(alpha=0.15)
 
 
 def plot_curves(runs, path):
@@ -187,5 +210,7 @@ def plot_curves(runs, path):
     loss_axes, metric_axes = figure.subplots(1, 2)
     draw_losses(runs, loss_axes)
     draw_evaluations(runs, metric_axes)
+    for axes in (loss_axes, metric_axes):
+        axes.legend()
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

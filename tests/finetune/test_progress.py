@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("tqdm")
 
-from fsam_triton.finetune import progress  # noqa: E402
+from fsam_triton.finetune import progress
 
 
 @pytest.fixture
