@@ -31,17 +31,20 @@ def is_default(arguments):
     return all(own[name] == value for name, value in default.items() if name not in _FREE)
 
 
-def notes(arguments, runs):
-    """Return how the differences from AdamW at this seed compare with those at others, as lines; none if not known."""
+def other_seeds(arguments, runs):
+    """Return how the differences from AdamW at this seed compare with those at others: rows of strings, headings first.
+
+    The list is empty where that is not known: for other options, or before all runs are finished.
+    """
     finished = [run.name for run in runs if len(run.losses) == run.total_steps]
     if not is_default(arguments) or finished != [SAM_TYPES[sam_type] for sam_type in arguments.sam_type]:
         return []
     evidence, (baseline, *others) = read_evidence(), runs
-    lines = [f"less {baseline.name}: here, and at {len(evidence['seeds'])} other seeds (mean, 95 % interval)"]
+    rows = [(f"less {baseline.name}", "here", f"mean of {len(evidence['seeds'])} other seeds", "95 % interval")]
     for run in others:
         for name, figure in FIGURES.items():
             if figure(run) is not None and figure(baseline) is not None:
-                here = figure(run) - figure(baseline)
                 mean, low, high = evidence["differences"][run.name][name]
-                lines.append(f"  {run.name:<12} {name:<15} {here:+.4f}   {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
-    return lines
+                values = f"{figure(run) - figure(baseline):+.4f}", f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}"
+                rows.append((f"{run.name}, {name}", *values))
+    return rows

@@ -22,6 +22,7 @@ from ..analysis.landscape import draw_map, draw_scale, map_levels
 from ..files import written_whole
 from . import probe
 from .errors import InputError
+from .evidence import other_seeds
 from .report import (
     METRICS,
     PeakMemory,
@@ -61,7 +62,7 @@ def is_possible(arguments):
     return arguments.report_folder is not None and not missing
 
 
-def write_report(arguments, argv, task, runs, mask, sharpness, notes=()):
+def write_report(arguments, argv, task, runs, mask, sharpness):
     """Write ``report.html`` into the folder ``--report``, whole or not at all; return its path.
 
     Args:
@@ -71,7 +72,6 @@ def write_report(arguments, argv, task, runs, mask, sharpness, notes=()):
         runs: list of `Run`.
         mask: the FishMask of the weights that all runs have trained, or None for all weights.
         sharpness: list of `Sharpness`.
-        notes: sentences to be read with the table.
     """
     import jinja2
 
@@ -91,7 +91,7 @@ def write_report(arguments, argv, task, runs, mask, sharpness, notes=()):
         description=task.description,
         runs=runs,
         steps_per_point=steps_per_point(runs),
-        notes=notes,
+        other_seeds=other_seeds(arguments, runs),
         table=table_rows(runs),
         table_note=table_note(runs, PeakMemory(arguments.device).meaning),
         pictures=draw_pictures(runs, {one.name: one.landscape for one in sharpness if one.landscape}),

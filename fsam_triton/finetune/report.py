@@ -137,18 +137,21 @@ def table_note(runs, memory_meaning):
 
 def format_table(runs, memory_meaning):
     """Return the figures of ``runs`` as lines of text, one per run, under a heading."""
-    rows = table_rows(runs)
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = [
-        name.ljust(first) + "".join(f"  {cell.rjust(width)}" for cell, width in zip(cells, others, strict=True))
-        for name, *cells in rows
-    ]
     stopped = [
         f"{run.name}: stopped after step {len(run.losses)} of {run.total_steps}"
         for run in runs
         if len(run.losses) < run.total_steps
     ]
-    return "\n".join([*lines, *stopped, table_note(runs, memory_meaning)])
+    return "\n".join([*aligned(table_rows(runs)), *stopped, table_note(runs, memory_meaning)])
+
+
+def aligned(rows):
+    """Return rows of strings as lines whose columns are as wide as they must be, all but the first flush right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [
+        name.ljust(first) + "".join(f"  {cell.rjust(width)}" for cell, width in zip(cells, others, strict=True))
+        for name, *cells in rows
+    ]
 
 
 def line_style(number):

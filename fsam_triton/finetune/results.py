@@ -14,7 +14,7 @@ from .. import FishMask
 from ..files import written_whole
 from . import evidence
 from .errors import InputError, writing
-from .report import PeakMemory, Run, format_table, plot_curves
+from .report import PeakMemory, Run, aligned, format_table, plot_curves
 
 RESULTS = "all_results.json"
 CHECKPOINT = "checkpoint.pt"
@@ -130,8 +130,8 @@ class Output:
     def show(self, mask):
         """Print the table, and how it compares with other seeds if that is known."""
         print(format_table(self.all_runs, PeakMemory(self.arguments.device).meaning))
-        for note in evidence.notes(self.arguments, self.all_runs):
-            print(note)
+        if compared := evidence.other_seeds(self.arguments, self.all_runs):
+            print("", *aligned(compared), sep="\n")
         if mask:
             print(f"trained weights: {mask.count:,} of {mask.total:,} ({mask.density:.3%})")
         if not importlib.util.find_spec("matplotlib"):

@@ -22,35 +22,38 @@ def finished(name, accuracy, rounded, sharpness):
 RUNS = [finished(name, 0.9 + i / 100, 0.8, 0.05 - i / 100) for i, name in enumerate(NAMES)]
 
 
-def test_notes_give_the_differences_here_and_those_of_the_file():
-    lines = evidence.notes(Arguments(), RUNS)
+def test_rows_give_the_differences_here_and_those_of_the_file():
+    heading, *rows = evidence.other_seeds(Arguments(), RUNS)
     found = evidence.read_evidence()
-    assert f"at {len(found['seeds'])} other seeds" in lines[0]
+    assert heading[2] == f"mean of {len(found['seeds'])} other seeds"
     mean, low, high = found["differences"]["Fisher-SAM"]["accuracy"]
-    assert f"  Fisher-SAM   accuracy        +0.0200   {mean:+.4f} [{low:+.4f}, {high:+.4f}]" in lines
-    assert len(lines) == 1 + 2 * len(evidence.FIGURES)
+    assert ("Fisher-SAM, accuracy", "+0.0200", f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}") in rows
+    assert len(rows) == 2 * len(evidence.FIGURES)
 
 
 def test_what_was_not_measured_is_not_compared():
     runs = [dataclasses.replace(run, m_sharpness=None) for run in RUNS]
-    assert not [line for line in evidence.notes(Arguments(), runs) if "m-sharpness" in line]
+    assert {name.partition(", ")[2] for name, *_ in evidence.other_seeds(Arguments(), runs)[1:]} == {
+        "accuracy",
+        "4-bit accuracy",
+    }
 
 
 @pytest.mark.parametrize("words", [["--seed", "7"], ["--output_dir", "a"], ["--report", "none"], ["--use_cpu"]])
 def test_options_that_change_no_setting_leave_the_comparison_the_default(words):
-    assert evidence.notes(parse(words), RUNS)
+    assert evidence.other_seeds(parse(words), RUNS)
 
 
 @pytest.mark.parametrize(
     "words", [["--learning_rate", "1e-3"], ["--sam_type", "none", "sam"], ["--train_file", "a.csv"], ["--rho", "0.1"]]
 )
-def test_other_comparisons_have_no_notes(words):
-    assert evidence.notes(parse(words), RUNS) == []
+def test_other_comparisons_are_not_compared_with_other_seeds(words):
+    assert evidence.other_seeds(parse(words), RUNS) == []
 
 
-def test_interrupted_comparison_has_no_notes():
-    assert evidence.notes(Arguments(), [*RUNS[:2], dataclasses.replace(RUNS[2], total_steps=2)]) == []
-    assert evidence.notes(Arguments(), RUNS[:1]) == []
+def test_interrupted_comparison_is_not_compared_with_other_seeds():
+    assert evidence.other_seeds(Arguments(), [*RUNS[:2], dataclasses.replace(RUNS[2], total_steps=2)]) == []
+    assert evidence.other_seeds(Arguments(), RUNS[:1]) == []
 
 
 def test_file_is_the_summary_of_the_recorded_runs_and_its_seeds_are_not_the_default():

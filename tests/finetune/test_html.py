@@ -90,7 +90,7 @@ def made(tiny_bert, tmp_path_factory):
     data.write_text("label,text\n" + "".join(f"{label},the film was {words[label]}\n" for label in LABELS * 12))
     argv = ["--model_name_or_path", tiny_bert, "--train_file", str(data), "--validation_file", str(data)]
     argv += ["--output_dir", str(folder / "out"), "--report", str(folder / "page"), "--max_steps", "3", "--use_cpu"]
-    argv += ["--rho", "auto"]
+    argv += ["--sam_type", "none", "fisher-sam", "--rho", "auto"]
     printed, progress = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress):
         assert finetune.main(argv) == 0
@@ -111,7 +111,10 @@ def test_page_refers_to_nothing_outside_itself(made):
 
 
 def test_page_has_the_figures_that_are_printed(made):
-    printed = [line.split() for line in made.printed.splitlines()[4:6]]
+    lines = made.printed.splitlines()
+    table = next(i for i, line in enumerate(lines) if line.startswith("optimizer "))
+    assert " ".join(lines[table].split()) == "optimizer accuracy loss 4-bit accuracy m-sharpness s/step peak MiB"
+    printed = [line.split() for line in lines[table + 1 : table + 3]]
     assert [row[0] for row in printed] == ["AdamW", "Fisher-SAM"]
     assert made.page.rows[1:3] == printed
 
@@ -169,9 +172,14 @@ def test_title_names_few_optimizers_and_counts_many():
     assert html_report.title(list("ABCDE")) == "5 optimizers compared"
 
 
-def test_notes_are_text_below_the_table(tmp_path):
-    page = Page(written(tmp_path, [], notes=["<i>ten</i> seeds"]).read_text(encoding="utf-8"))
-    assert page.text.index("peak MiB") < page.text.index("<i>ten</i> seeds") < page.text.index("Training")
+def test_comparison_with_other_seeds_is_a_table_below_the_results(tmp_path, monkeypatch):
+    rows = [("less AdamW", "here"), ("SAM, <i>accuracy</i>", "+0.01")]
+    monkeypatch.setattr(html_report, "other_seeds", lambda arguments, runs: rows)
+    page = Page(written(tmp_path, []).read_text(encoding="utf-8"))
+    assert [list(row) for row in rows] == page.rows[2:4]
+    assert "This seed and others" in page.text
+    monkeypatch.setattr(html_report, "other_seeds", lambda arguments, runs: [])
+    assert "This seed and others" not in Page(written(tmp_path, []).read_text(encoding="utf-8")).text
 
 
 def test_no_two_runs_are_drawn_alike():
@@ -349,11 +357,11 @@ def test_missing_package_stops_before_training(options, tmp_path, monkeypatch, c
     assert not list(tmp_path.glob("out/*"))
 
 
-def written(tmp_path, sharpness, runs=(RUN,), notes=()):
+def written(tmp_path, sharpness, runs=(RUN,)):
     arguments = Arguments(sam_type=["none"], report=str(tmp_path))
     own = {"model": "a model", "labels": "a, b"}
     task = types.SimpleNamespace(description="data", facts=lambda arguments: own, sizes={}, validation=["text"])
-    return html_report.write_report(arguments, [], task, list(runs), None, sharpness, notes)
+    return html_report.write_report(arguments, [], task, list(runs), None, sharpness)
 
 
 def test_page_that_cannot_be_finished_leaves_the_one_before(tmp_path):
