@@ -19,7 +19,7 @@ from tests.optim.by_hand import (
     square_model,
     take_step,
 )
-from tests.reference import Problem, assert_weights_close, small_model
+from tests.problem import Problem, assert_weights_close, small_model
 from tests.training import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,15 +9,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from fsam_triton import FSAM, SAM, ArgumentError, FisherMask, MomentumSAM, Schedule
+from tests.fp64_optimizers import ReferenceFSAM, ReferenceMask, global_norm
 from tests.optim.variants import loss_of
-from tests.reference import (
-    Problem,
-    ReferenceFSAM,
-    ReferenceMask,
-    assert_weights_close,
-    global_norm,
-    small_model,
-)
+from tests.problem import Problem, assert_weights_close, small_model
 from tests.training import assert_same_bits, assert_unchanged, closure_of, round_trip, several_groups, train, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
