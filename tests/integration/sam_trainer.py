@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
-import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
+from fsam_triton.integrations.transformers import SAMTrainer, create_optimizer
 from tests.integration.tiny import batch_of, bert, copied, samples
-
-transformers = pytest.importorskip("transformers")
-integration = pytest.importorskip("fsam_triton.integrations.transformers")
-SAMTrainer, create_optimizer = integration.SAMTrainer, integration.create_optimizer
 
 TRAINING = samples(40, 1)
 # A gradient that is zero in exact arithmetic (of a key's bias, say) is some 1e-9 of rounding, and Adam would step

@@ -5,29 +5,30 @@ import torch
 from torch import Tensor, nn
 
 from fsam_triton import Schedule
+from tests.integration.tiny import assert_equal, bert, copied, samples
+
+pytest.importorskip("transformers")
+import transformers
+
+from fsam_triton.integrations.transformers import SAMTrainer, SharpnessAwareMixin, create_optimizer
 from tests.integration.sam_trainer import (
     SAM,
     TRAINING,
     Counting,
-    SAMTrainer,
     arguments_for,
     assert_close,
     batches,
     classifier,
-    create_optimizer,
-    integration,
     logged,
     sam_trainer,
     trained,
     trained_by_closure,
-    transformers,
 )
-from tests.integration.tiny import assert_equal, bert, copied, samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class SAMSeq2SeqTrainer(integration.SharpnessAwareMixin, transformers.Seq2SeqTrainer):
+class SAMSeq2SeqTrainer(SharpnessAwareMixin, transformers.Seq2SeqTrainer):
     pass
 
 

@@ -9,19 +9,22 @@ import pytest
 import torch
 
 from fsam_triton import FisherMask
+from tests.integration.tiny import assert_equal, batch_of, bert, copied, saved_in
+from tests.processes import ROOT
+
+pytest.importorskip("transformers")
+import transformers
+
+from fsam_triton.integrations.transformers import SAMTrainer
 from tests.integration.sam_trainer import (
     SAM,
     TRAINING,
-    SAMTrainer,
     assert_close,
     classifier,
     logged,
     sam_trainer,
     trained_by_closure,
-    transformers,
 )
-from tests.integration.tiny import assert_equal, batch_of, bert, copied, saved_in
-from tests.processes import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

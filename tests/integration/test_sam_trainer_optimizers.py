@@ -8,18 +8,12 @@ import torch
 
 from fsam_triton import FSAM, AdamWL2SP, MomentumSAM
 from fsam_triton import SAM as SAM_AROUND
-from tests.integration.sam_trainer import (
-    SAM,
-    SAMTrainer,
-    arguments_for,
-    assert_close,
-    create_optimizer,
-    plain_trainer,
-    sam_trainer,
-    trained,
-)
 from tests.integration.tiny import assert_equal, bert, copied
 from tests.processes import ROOT
+
+pytest.importorskip("transformers")
+from fsam_triton.integrations.transformers import SAMTrainer, create_optimizer
+from tests.integration.sam_trainer import SAM, arguments_for, assert_close, plain_trainer, sam_trainer, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

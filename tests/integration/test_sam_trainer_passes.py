@@ -6,15 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.integration.sam_trainer import (
-    Counting,
-    KeepWeights,
-    plain_trainer,
-    sam_trainer,
-    trained,
-    transformers,
-)
 from tests.integration.tiny import assert_equal, bert, copied
+
+pytest.importorskip("transformers")
+import transformers
+
+from tests.integration.sam_trainer import Counting, KeepWeights, plain_trainer, sam_trainer, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
