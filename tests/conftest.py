@@ -50,6 +50,11 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A first check does not wait for the imports of other libraries, whose tests it leaves out."""
+    return True if collection_path == INTEGRATION and config.option.markexpr == "not slow" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What a first check leaves out: other libraries, and all but the first and the last case of each test."""
     cases = itertools.groupby(items, lambda item: (item.path, getattr(item, "originalname", item.name)))
