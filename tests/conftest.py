@@ -1,7 +1,9 @@
 """What all tests share."""
 
 import gc
+import importlib.util
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,19 @@ import torch
 from tests.objects import freeze_objects
 
 INTEGRATION = Path(__file__).parent / "integration"
+
+
+def load_bench() -> None:
+    """Make `bench` importable, which is not installed. Not by way of sys.path, where `kernels` would turn up too."""
+    folder = Path(__file__).parents[1] / "bench"
+    spec = importlib.util.spec_from_file_location(
+        "bench", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules["bench"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["bench"])
+
+
+load_bench()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,6 +48,11 @@ def pytest_collection() -> Iterator[None]:
         return (yield)
     finally:
         gc.enable()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A first check does not wait for the imports of other libraries, whose tests it leaves out."""
+    return True if collection_path == INTEGRATION and config.option.markexpr == "not slow" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -68,6 +68,14 @@ def test_continuous_integration_runs_the_test_command_of_the_readme():
     assert "<!-- test command -->" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
+def test_files_that_pages_name_are_there():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    pattern = r"\b(?:bench|docs|fsam_triton|kernels|tests)/[a-z0-9_/.]+\.(?:py|md|h|txt|jsonl?)\b"
+    named = {name for page in pages for name in re.findall(pattern, page.read_text(encoding="utf-8"))}
+    assert named
+    assert not [name for name in sorted(named) if not (ROOT / name).is_file()]
+
+
 def command_lines():
     """The words of every fsam-finetune command in a bash block of a page, and that page."""
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:

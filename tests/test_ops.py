@@ -93,6 +93,7 @@ def assert_few_ulps_apart(actual: list[float], expected: list[float], steps: int
     torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=tolerance, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_warns_once_and_computes_the_same(tmp_path):
     code = """
 with warnings.catch_warnings(record=True) as caught:
@@ -115,6 +116,7 @@ def test_with_a_compiler_it_does_not_warn():
         train()
 
 
+@pytest.mark.slow
 def test_without_triton_it_computes_the_same():
     code = """
 try:
@@ -126,6 +128,7 @@ except ImportError:
     assert result == {"sam": train(), "fisher_sam": train(mask=FisherMask(0.5))}
 
 
+@pytest.mark.slow
 def test_importing_it_does_not_import_the_triton_kernels():
     code = "print(json.dumps([name for name in sys.modules if name.startswith('fsam_triton.kernels.')]))"
     needs_no_triton = {"build", "cpu", "directions", "formats", "formulas", "jobs", "reference", "segments", "spec"}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from tests.reference import Problem
+from tests.problem import Problem
 
 
 def closure_of(model: nn.Module, optimizer, step: int, problem=Problem()) -> Callable[[], Tensor]:

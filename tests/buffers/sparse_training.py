@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fsam_triton import FSAM, AdamWL2SP, FishMask, MomentumSAM
-from tests.reference import Problem
+from tests.problem import Problem
 from tests.training import closure_of, weights_of
 
 KEEP = 0.3

@@ -12,9 +12,9 @@ from torch.nn import Parameter
 from fsam_triton import FSAM, AdamWL2SP, FisherMask, FishMask, MomentumSAM, Schedule
 from fsam_triton.kernels import spec
 from fsam_triton.optim.optimizer import FusedOptimizer
-from tests.kernel_cases import FLOATS, assert_same_bits, ordinary
+from tests.kernels.cases import FLOATS, assert_same_bits, ordinary
 from tests.optim.momentum import Objective
-from tests.reference import small_model
+from tests.problem import small_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from fsam_triton import FSAM, AdamWL2SP, FisherMask, MomentumSAM
 from fsam_triton.buffers.lanes import Lanes, Member
 from fsam_triton.buffers.sharing import sharing
 from fsam_triton.kernels import spec
-from tests.kernel_cases import FLOATS, ordinary
+from tests.kernels.cases import FLOATS, ordinary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

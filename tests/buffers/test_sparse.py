@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fsam_triton import FSAM, AdamWL2SP, FisherMask, FishMask, MomentumSAM, Schedule
 from tests.buffers.sparse_training import KINDS, mask_of_the_head, masked, train, train_dense
-from tests.reference import Problem, ReferenceFSAM, ReferenceMomentumSAM, assert_weights_close, small_model
+from tests.fp64_optimizers import ReferenceFSAM, ReferenceMomentumSAM
+from tests.problem import Problem, assert_weights_close, small_model
 from tests.training import assert_same_bits, closure_of, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

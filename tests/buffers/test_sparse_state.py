@@ -8,7 +8,7 @@ from torch import nn
 
 from fsam_triton import FSAM, AdamWL2SP, FisherMask, FishMask, MomentumSAM
 from tests.buffers.sparse_training import KINDS, mask_of_the_head, masked, train, train_dense
-from tests.reference import Problem, small_model
+from tests.problem import Problem, small_model
 from tests.training import assert_same_bits, round_trip, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

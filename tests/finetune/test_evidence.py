@@ -9,7 +9,6 @@ from fsam_triton.finetune import evidence
 from fsam_triton.finetune.options import SAM_TYPES, Arguments
 from fsam_triton.finetune.parser import parse
 from fsam_triton.finetune.report import Run
-from tests.test_fidelity import load_bench
 
 NAMES = [SAM_TYPES[sam_type] for sam_type in Arguments().sam_type]
 
@@ -57,7 +56,6 @@ def test_interrupted_comparison_is_not_compared_with_other_seeds():
 
 
 def test_file_is_the_summary_of_the_recorded_runs_and_its_seeds_are_not_the_default():
-    load_bench()
     demo = pytest.importorskip("bench.demo")
     records = demo.recorded(demo.RESULTS)
     assert json.loads(evidence.FILE.read_text(encoding="utf-8")) == demo.summary(records)

@@ -12,8 +12,8 @@ from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimiz
 
 from fsam_triton import FSAM, AdamWL2SP
 from tests.optim.by_hand import SAMByHand, halves, square_model, take_step
+from tests.problem import Problem, assert_weights_close
 from tests.processes import spawn
-from tests.reference import Problem, assert_weights_close
 
 STEPS, LR = 6, 0.01
 

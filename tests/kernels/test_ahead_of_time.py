@@ -10,13 +10,9 @@ from collections import Counter
 
 import pytest
 
-from tests.test_fidelity import load_bench
-
-load_bench()
-
-from bench import codegen  # noqa: E402
-from bench import kernel_builds as kb  # noqa: E402
-from bench.machine_code import (  # noqa: E402
+from bench import codegen
+from bench import kernel_builds as kb
+from bench.machine_code import (
     AMD,
     TARGETS,
     accesses,
@@ -29,7 +25,7 @@ from bench.machine_code import (  # noqa: E402
     resident_warps,
     resources,
 )
-from fsam_triton.kernels import blocks, perturb  # noqa: E402
+from fsam_triton.kernels import blocks, perturb
 
 
 def launched(methods: tuple[str, ...], precisions: tuple[str, ...]) -> list[kb.Build]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fsam_triton.kernels import build, cpu, reference, spec
-from tests.kernel_cases import FLOATS, random_mask
-from tests.launches import ABSENT, Launch, launch_of
+from tests.kernels.cases import FLOATS, random_mask
+from tests.kernels.launches import ABSENT, Launch, launch_of
 
 pytestmark = pytest.mark.skipif(not build.available(), reason="needs a C++ compiler")
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from fsam_triton.kernels import build, cpu, reference
 from fsam_triton.kernels.segments import Plan, Segments
-from tests.kernel_cases import assert_same_bits, bits, label, ordinary, with_specials
-from tests.launches import (
+from tests.kernels.cases import assert_same_bits, bits, label, ordinary, with_specials
+from tests.kernels.launches import (
     ABSENT,
     DESCEND,
     HYPER,

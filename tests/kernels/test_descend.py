@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fsam_triton.kernels import reference, spec
 from fsam_triton.kernels.segments import Plan, Segments
-from tests.kernel_cases import FLOATS, any_bits, assert_same_bits, bits, label, ordinary, special_values, with_specials
-from tests.launches import (
+from tests.kernels.cases import FLOATS, any_bits, assert_same_bits, bits, label, ordinary, special_values, with_specials
+from tests.kernels.launches import (
     DESCEND,
     REMAINDERS,
     assert_as_the_reference,
@@ -19,7 +19,7 @@ from tests.launches import (
     exact_square_root,
     flat_weights,
 )
-from tests.one_tensor import TYPES, descended, tensors_of
+from tests.kernels.one_tensor import TYPES, descended, tensors_of
 
 NAN, INF = math.nan, math.inf
 # Whole blocks and a tail, at an aligned address and at others; one element, none, whole blocks at an odd address.

@@ -9,8 +9,8 @@ from torch import Tensor
 from fsam_triton.kernels import build, cpu, reference, spec
 from fsam_triton.kernels.directions import Along, direction
 from fsam_triton.kernels.segments import Plan, Segments
-from tests.kernel_cases import FLOATS, label, ordinary, pairwise, with_specials
-from tests.launches import (
+from tests.kernels.cases import FLOATS, label, ordinary, pairwise, with_specials
+from tests.kernels.launches import (
     Launch,
     any_integer,
     assert_as_the_reference,

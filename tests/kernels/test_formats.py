@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fsam_triton.kernels import formats, spec
-from tests.kernel_cases import assert_same_bits, bits
+from tests.kernels.cases import assert_same_bits, bits
 
 narrow = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 both = pytest.mark.parametrize("signed", [True, False], ids=["first moments", "second moments"])

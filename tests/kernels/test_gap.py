@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fsam_triton.kernels import reference, spec
 from fsam_triton.kernels.segments import Plan, Segments
-from tests.kernel_cases import FLOATS, LENGTHS, label, ordinary, pairwise
-from tests.launches import launch_of
+from tests.kernels.cases import FLOATS, LENGTHS, label, ordinary, pairwise
+from tests.kernels.launches import launch_of
 
 LENGTH = 2 * spec.CHUNK + 5
 every_dtype = pytest.mark.parametrize("dtype", FLOATS)

@@ -6,11 +6,7 @@ import pytest
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ir, make_backend
 
-from tests.test_fidelity import load_bench
-
-load_bench()
-
-from bench import kernel_builds as kb  # noqa: E402
+from bench import kernel_builds as kb
 
 BUILDS = list(kb.configurations())
 # Of the values that an address is made of, these must have 64 bits. (Sums of 32 bits count elements of a block.)

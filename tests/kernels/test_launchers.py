@@ -8,14 +8,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from bench import kernel_builds as kb
 from fsam_triton.kernels import descend, gap, norm, perturb, segments, sparse, spec
 from fsam_triton.kernels.directions import Along
 from fsam_triton.kernels.segments import Plan, Segments
-from tests.test_fidelity import load_bench
-
-load_bench()
-
-from bench import kernel_builds as kb  # noqa: E402
 
 N = 4096
 TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from fsam_triton.kernels import cpu, reference, spec
-from tests.kernel_cases import bits, ordinary
-from tests.launches import assert_as_the_reference, descend, descend_launch
+from tests.kernels.cases import bits, ordinary
+from tests.kernels.launches import assert_as_the_reference, descend, descend_launch
 
 REMAINDERS = {torch.bfloat16: torch.int16, torch.float16: torch.int32}
 every_dtype = pytest.mark.parametrize("dtype", REMAINDERS, ids=str)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fsam_triton.kernels import cpu, noise, reference, spec
-from tests.kernel_cases import FLOATS, assert_same_bits, ordinary, pairwise
+from tests.kernels.cases import FLOATS, assert_same_bits, ordinary, pairwise
 
 # Parts of tiles, whole ones, rows of one element.
 SHAPES = [(3, 5), (8, 128), (17, 200), (5, 1), (1, 300), (0, 4)]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fsam_triton.kernels import cpu, reference, spec
 from fsam_triton.kernels.segments import Plan, Segments
-from tests.kernel_cases import FLOATS, LENGTHS, label, ordinary, pairwise, random_mask
-from tests.launches import launch_of
+from tests.kernels.cases import FLOATS, LENGTHS, label, ordinary, pairwise, random_mask
+from tests.kernels.launches import launch_of
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATS)
 # Several chunks and a tail, at an aligned address and at another.

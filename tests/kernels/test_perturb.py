@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fsam_triton.kernels import reference, spec
 from fsam_triton.kernels.segments import Plan, Segments
-from tests.kernel_cases import (
+from tests.kernels.cases import (
     FLOATS,
     any_bits,
     assert_same_bits,
@@ -20,8 +20,8 @@ from tests.kernel_cases import (
     used_keys,
     with_specials,
 )
-from tests.launches import PERTURB, assert_as_the_reference, perturb, perturb_launch
-from tests.one_tensor import perturbed
+from tests.kernels.launches import PERTURB, assert_as_the_reference, perturb, perturb_launch
+from tests.kernels.one_tensor import perturbed
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATS)
 narrow = pytest.mark.parametrize("dtype", ["bf16", "fp16"])

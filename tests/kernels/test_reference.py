@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fsam_triton.kernels import reference, spec
-from tests.kernel_cases import FLOATS, assert_same_bits, ordinary, random_mask
-from tests.launches import HYPER
-from tests.one_tensor import descended, perturbed, tensors_of
+from tests.kernels.cases import FLOATS, assert_same_bits, ordinary, random_mask
+from tests.kernels.launches import HYPER
+from tests.kernels.one_tensor import descended, perturbed, tensors_of
 
 wide = pytest.mark.parametrize("name", ["fp32", "fp64"])
 narrow = pytest.mark.parametrize("name", ["bf16", "fp16"])

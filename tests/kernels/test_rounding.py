@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fsam_triton.kernels import formulas, reference
-from tests import rounding_kernels
-from tests.kernel_cases import assert_same_bits, assert_uncorrelated, bits, used_keys
+from tests.kernels import rounding_kernels
+from tests.kernels.cases import assert_same_bits, assert_uncorrelated, bits, used_keys
 
 NARROW = [torch.bfloat16, torch.float16]
 EVERY_RAND = torch.arange(-32768, 32768, dtype=torch.int32)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fsam_triton.kernels import cpu, reference, topk_mask
-from tests.kernel_cases import FLOATS, any_bits, ordinary, special_values
+from tests.kernels.cases import FLOATS, any_bits, ordinary, special_values
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS.keys())
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fsam_triton import FSAM, FisherMask
-from tests.reference import top_k_mask
+from tests.fp64_optimizers import top_k_mask
 
 SHAPES = ((24, 16), (8, 16), (7, 3))
 

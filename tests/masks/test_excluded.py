@@ -11,7 +11,7 @@ from torch import nn
 
 from fsam_triton import FSAM, FisherMask
 from tests.masks.choosing import SHAPES, distinct, expected_mask, flat, parameters_like, perturb, selected
-from tests.reference import Problem, small_model
+from tests.problem import Problem, small_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fsam_triton import FSAM, FisherMask
+from tests.fp64_optimizers import ReferenceFSAM, ReferenceMask, top_k_mask
 from tests.masks.choosing import SHAPES, distinct, expected_mask, flat, parameters_like, perturb, selected
-from tests.reference import Problem, ReferenceFSAM, ReferenceMask, small_model, top_k_mask
+from tests.problem import Problem, small_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

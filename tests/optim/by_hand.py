@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fsam_triton import FSAM, SAM, AdamWL2SP
-from tests.reference import Problem, assert_weights_close
+from tests.problem import Problem, assert_weights_close
 
 LR = 0.01
 

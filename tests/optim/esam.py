@@ -4,7 +4,7 @@ import pytest
 from torch import Tensor, nn
 
 from fsam_triton import FSAM, FisherMask
-from tests.reference import ReferenceMask
+from tests.fp64_optimizers import ReferenceMask
 from tests.training import weights_of
 
 MASK = {"mask": FisherMask(0.3, interval=5)}

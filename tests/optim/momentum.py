@@ -8,14 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fsam_triton import MomentumSAM
-from tests.reference import (
-    Problem,
-    ReferenceMomentumSAM,
-    assert_weights_close,
-    global_norm,
-    rounding_bound,
-    small_model,
-)
+from tests.fp64_optimizers import ReferenceMomentumSAM, global_norm
+from tests.problem import Problem, assert_weights_close, rounding_bound, small_model
 
 PRECISIONS = {
     "fp64": (torch.float64, {}),

@@ -7,16 +7,8 @@ import torch
 from torch import Tensor
 
 from fsam_triton import FisherMask, Schedule
+from tests.fp64_optimizers import DEFAULTS, ReferenceAdamW, ReferenceFSAM, ReferenceMask, double, global_norm, share
 from tests.optim.programs import Program
-from tests.reference import (
-    DEFAULTS,
-    ReferenceAdamW,
-    ReferenceFSAM,
-    ReferenceMask,
-    double,
-    global_norm,
-    share,
-)
 
 
 class Oracle(ReferenceFSAM):

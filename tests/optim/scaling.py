@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from fsam_triton import FSAM, FisherMask, Schedule
-from tests.reference import Problem, small_model
+from tests.problem import Problem, small_model
 from tests.training import passes_of
 
 VARIANTS = {

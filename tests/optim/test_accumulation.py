@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from fsam_triton import FSAM, FisherMask, MomentumSAM
-from tests.reference import small_model
+from tests.problem import small_model
 from tests.training import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.testing._internal.common_optimizers import optim_inputs_func_adamw
 
 from fsam_triton import AdamWL2SP
+from tests.fp64_optimizers import ReferenceAdamW
 from tests.optim.by_hand import assert_states_close
-from tests.reference import Problem, ReferenceAdamW, assert_weights_close, small_model
+from tests.problem import Problem, assert_weights_close, small_model
 from tests.training import assert_same_bits, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

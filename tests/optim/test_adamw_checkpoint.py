@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fsam_triton import AdamWL2SP, ArgumentError
 from tests.optim.by_hand import assert_states_close
-from tests.reference import Problem, assert_weights_close, small_model
+from tests.problem import Problem, assert_weights_close, small_model
 from tests.training import assert_same_bits, round_trip, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

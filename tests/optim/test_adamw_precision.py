@@ -8,7 +8,7 @@ from torch import nn
 
 from fsam_triton import AdamWL2SP
 from tests.optim.by_hand import every_state, halves
-from tests.reference import Problem, assert_weights_close, small_model
+from tests.problem import Problem, assert_weights_close, small_model
 from tests.training import largest_allocation, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

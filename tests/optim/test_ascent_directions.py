@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fsam_triton import FSAM, SAM, ArgumentError, FisherMask
-from tests.reference import Problem, ReferenceFSAM, assert_weights_close, combination_bound, small_model
+from tests.fp64_optimizers import ReferenceFSAM
+from tests.problem import Problem, assert_weights_close, combination_bound, small_model
 from tests.training import assert_same_bits, closure_of, gradients_apart, round_trip, several_groups, train, train_apart
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fsam_triton import FSAM, FisherMask, FishMask, MomentumSAM
 from fsam_triton.buffers import lanes
-from tests.kernel_cases import assert_same_bits
+from tests.kernels.cases import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 narrow = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

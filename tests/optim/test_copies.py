@@ -12,7 +12,7 @@ from fsam_triton import FSAM, SAM, AdamWL2SP, FisherMask, FishMask, MomentumSAM,
 from fsam_triton.optim.optimizer import FusedOptimizer
 from tests.optim.by_hand import assert_same, every_kind, square_model, take_step
 from tests.optim.momentum import Objective
-from tests.reference import small_model
+from tests.problem import small_model
 from tests.training import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,15 +10,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fsam_triton import FSAM, AdamWL2SP, FishMask, MomentumSAM
 from fsam_triton.optim.optimizer import FusedOptimizer
+from tests.fp64_optimizers import ReferenceAdamW, ReferenceFSAM, ReferenceMomentumSAM
 from tests.optim.momentum import Objective
-from tests.reference import (
-    Problem,
-    ReferenceAdamW,
-    ReferenceFSAM,
-    ReferenceMomentumSAM,
-    assert_weights_close,
-    small_model,
-)
+from tests.problem import Problem, assert_weights_close, small_model
 from tests.training import assert_same_bits, assert_unchanged, closure_of, round_trip, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from fsam_triton import FSAM, FisherMask, Schedule
+from tests.fp64_optimizers import ReferenceFSAM, assert_masks_are_well_separated
 from tests.optim.esam import BOTH_MASKS, moved_by_perturb
 from tests.optim.variants import WIDE
-from tests.reference import Problem, ReferenceFSAM, assert_masks_are_well_separated, assert_weights_close, small_model
+from tests.problem import Problem, assert_weights_close, small_model
 from tests.training import assert_same_bits, assert_unchanged, closure_of, several_groups, train, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fsam_triton import FSAM, AdamWL2SP, ArgumentError, MomentumSAM
-from tests.reference import small_model
+from tests.problem import small_model
 from tests.training import assert_same_bits, assert_unchanged, closure_of, train, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

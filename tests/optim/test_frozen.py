@@ -9,7 +9,7 @@ from torch import nn
 from fsam_triton import FSAM, SAM, AdamWL2SP, FisherMask, MomentumSAM
 from fsam_triton.optim.optimizer import FusedOptimizer
 from tests.optim.by_hand import assert_same, every_kind, every_state, halves, square_model, take_step
-from tests.reference import Problem
+from tests.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fsam_triton import FSAM, ArgumentError, Schedule
+from tests.fp64_optimizers import ReferenceFSAM, assert_masks_are_well_separated
 from tests.optim.variants import (
     FISHER_ASAM,
     MASKED,
@@ -16,13 +17,7 @@ from tests.optim.variants import (
     loss_of,
     pair,
 )
-from tests.reference import (
-    Problem,
-    ReferenceFSAM,
-    assert_masks_are_well_separated,
-    assert_weights_close,
-    small_model,
-)
+from tests.problem import Problem, assert_weights_close, small_model
 from tests.training import assert_same_bits, closure_of, several_groups, train, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fsam_triton import FSAM, AdamWL2SP, FisherMask, Schedule
+from tests.fp64_optimizers import ReferenceFSAM
 from tests.optim.variants import MASKED, VARIANTS, Variant, every_precision
-from tests.reference import Problem, ReferenceFSAM, assert_weights_close, small_model
+from tests.problem import Problem, assert_weights_close, small_model
 from tests.training import assert_same_bits, closure_of, round_trip, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

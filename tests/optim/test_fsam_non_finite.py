@@ -5,7 +5,7 @@ import torch
 
 from fsam_triton import FSAM
 from tests.optim.variants import MASKED, NON_FINITE, VARIANTS, assert_same_states, every_variant, pair, spoil
-from tests.reference import Problem, small_model
+from tests.problem import Problem, small_model
 from tests.training import assert_same_bits, assert_unchanged, closure_of, train, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from fsam_triton import FSAM
+from tests.fp64_optimizers import ReferenceFSAM
 from tests.optim.variants import FISHER_ASAM, VARIANTS, every_precision
-from tests.reference import Problem, ReferenceFSAM, assert_weights_close, small_model
+from tests.problem import Problem, assert_weights_close, small_model
 from tests.training import assert_unchanged, closure_of, train, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

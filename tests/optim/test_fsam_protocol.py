@@ -9,7 +9,7 @@ from torch import nn
 
 from fsam_triton import FSAM, Schedule, ops
 from tests.optim.variants import MASKED, VARIANTS, every_precision, pair
-from tests.reference import Problem, small_model
+from tests.problem import Problem, small_model
 from tests.training import assert_same_bits, assert_unchanged, closure_of, several_groups, train, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

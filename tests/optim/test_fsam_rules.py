@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fsam_triton import FSAM, ArgumentError, FisherMask, MomentumSAM, Schedule
+from tests.fp64_optimizers import double, global_norm, inner, top_k_mask
 from tests.optim.variants import NON_FINITE, WIDE, assert_same_states, every_precision, spoil
-from tests.reference import Problem, double, global_norm, inner, small_model, top_k_mask
+from tests.problem import Problem, small_model
 from tests.training import assert_same_bits, assert_unchanged, closure_of, round_trip, train, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from fsam_triton import FSAM, AdamWL2SP, ArgumentError, Schedule
-from tests.reference import Problem, ReferenceFSAM, assert_weights_close, global_norm, small_model
+from tests.fp64_optimizers import ReferenceFSAM, global_norm
+from tests.problem import Problem, assert_weights_close, small_model
 from tests.training import (
     assert_same_bits,
     closure_of,

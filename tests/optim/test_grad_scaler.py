@@ -7,7 +7,7 @@ from torch.amp import GradScaler
 
 from fsam_triton import FSAM, FishMask, Schedule
 from tests.optim.scaling import VARIANTS, every_precision, every_variant, pair, plain_step, scaled_step
-from tests.reference import Problem, assert_weights_close, small_model
+from tests.problem import Problem, assert_weights_close, small_model
 from tests.training import assert_same_bits, closure_of, several_groups, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,7 +20,7 @@ from tests.optim.scaling import (
     scaled_step,
     spoil_with,
 )
-from tests.reference import Problem, small_model
+from tests.problem import Problem, small_model
 from tests.training import assert_same_bits, assert_unchanged, closure_of, passes_of, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

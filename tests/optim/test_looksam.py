@@ -7,15 +7,8 @@ import torch
 from torch import nn
 
 from fsam_triton import FSAM, AdamWL2SP, FisherMask, Schedule
-from tests.reference import (
-    Problem,
-    ReferenceFSAM,
-    ReferenceMask,
-    assert_masks_are_well_separated,
-    assert_weights_close,
-    combination_bound,
-    small_model,
-)
+from tests.fp64_optimizers import ReferenceFSAM, ReferenceMask, assert_masks_are_well_separated
+from tests.problem import Problem, assert_weights_close, combination_bound, small_model
 from tests.training import (
     assert_same_bits,
     assert_unchanged,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fsam_triton import FSAM, SAM, AdamWL2SP, ArgumentError, MomentumSAM
-from tests.reference import Problem, small_model
+from tests.problem import Problem, small_model
 from tests.training import assert_same_bits, assert_unchanged, closure_of, train, weights_of
 
 # The loss of a `Problem` calls no module.

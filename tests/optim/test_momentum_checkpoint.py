@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fsam_triton import FSAM, AdamWL2SP, ArgumentError, MomentumSAM, Schedule
+from tests.fp64_optimizers import ReferenceMomentumSAM
 from tests.optim.momentum import (
     PRECISIONS,
     Objective,
@@ -21,7 +22,7 @@ from tests.optim.momentum import (
     same,
     train,
 )
-from tests.reference import Problem, ReferenceMomentumSAM, assert_weights_close, small_model
+from tests.problem import Problem, assert_weights_close, small_model
 from tests.training import round_trip, several_groups, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

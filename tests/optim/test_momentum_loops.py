@@ -12,7 +12,7 @@ from tests.optim.momentum import PRECISIONS, Objective, backward, pair, perturbe
 from tests.optim.nets import Net, X, clean_copy, loss_of, optimizer_of
 from tests.optim.nets import train as train_net
 from tests.optim.nets import trained as trained_net
-from tests.reference import small_model
+from tests.problem import small_model
 from tests.training import weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,7 +15,7 @@ from tests.optim.momentum import (
     same,
     train,
 )
-from tests.reference import Problem, small_model
+from tests.problem import Problem, small_model
 from tests.training import assert_unchanged, largest_allocation, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

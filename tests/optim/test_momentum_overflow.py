@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.optim.momentum import PRECISIONS, Objective, backward, pair, perturbed_weights, same, train
-from tests.reference import small_model
+from tests.problem import small_model
 from tests.training import weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,6 +13,7 @@ from torch import nn
 
 from fsam_triton import AdamWL2SP, MomentumSAM, Schedule
 from fsam_triton.optim.optimizer import FusedOptimizer
+from tests.fp64_optimizers import ReferenceMomentumSAM, global_norm
 from tests.optim.momentum import (
     Objective,
     assert_equals_reference,
@@ -26,14 +27,7 @@ from tests.optim.momentum import (
     same,
     train,
 )
-from tests.reference import (
-    Problem,
-    ReferenceMomentumSAM,
-    assert_weights_close,
-    global_norm,
-    rounding_bound,
-    small_model,
-)
+from tests.problem import Problem, assert_weights_close, rounding_bound, small_model
 from tests.training import several_groups, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,7 +7,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from fsam_triton import FSAM, AdamWL2SP, ArgumentError
 from tests.optim.by_hand import assert_same, every_kind, halves, parameters_of, square_model, take_step
-from tests.reference import Problem, assert_weights_close, combination_bound
+from tests.problem import Problem, assert_weights_close, combination_bound
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

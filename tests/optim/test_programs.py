@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from tests.optim import programs
 from tests.optim.checker import Checker
+from tests.optim.drawing import programs
 from tests.processes import eager_passes
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick")
@@ -28,7 +28,7 @@ def test_programs_equal_the_reference_and_their_copies(kind, count):
         database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
-    @given(programs.programs(kind))
+    @given(programs(kind))
     def run(program):
         checker = Checker(program)
         for number, action in enumerate(program.actions):

@@ -6,7 +6,7 @@ from torch import nn
 
 from fsam_triton import FSAM, SAM, AdamWL2SP, MomentumSAM
 from fsam_triton.optim.optimizer import FusedOptimizer
-from tests.reference import Problem
+from tests.problem import Problem
 
 SHARP = {
     "fsam": lambda params: FSAM(params, lr=0.01),

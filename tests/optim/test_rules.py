@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from fsam_triton import ArgumentError
 from fsam_triton.optim.optimizer import FusedOptimizer
+from tests.fp64_optimizers import double
 from tests.optim.by_hand import square_model, take_step
-from tests.reference import Problem, double, small_model
+from tests.problem import Problem, small_model
 from tests.training import assert_same_bits, round_trip, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

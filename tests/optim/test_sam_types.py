@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fsam_triton import FSAM, ArgumentError, FisherMask, Schedule
 from fsam_triton.optim.recipes import SAM_TYPES, arguments_of
-from tests.reference import small_model
+from tests.problem import small_model
 from tests.training import assert_same_bits, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fsam_triton import FSAM, AdamWL2SP, ArgumentError
 from fsam_triton.optim.optimizer import FusedOptimizer
 from tests.optim.by_hand import assert_same, every_kind, every_state, halves, parameters_of, square_model, take_step
-from tests.reference import small_model
+from tests.problem import small_model
 from tests.training import assert_same_bits, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

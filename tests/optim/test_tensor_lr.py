@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fsam_triton import FSAM, SAM, AdamWL2SP, FisherMask, FishMask, MomentumSAM, Schedule
-from tests.reference import small_model
+from tests.problem import small_model
 from tests.training import assert_same_bits, closure_of, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

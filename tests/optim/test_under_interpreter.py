@@ -43,7 +43,7 @@ SELECTIONS = {
     ),
     # L2-SP and clipping, gradients that are missing or not finite, rounding to 16 bits.
     "adamw": (
-        "optim/test_adamw.py optim/test_adamw_precision.py optim/test_gradients.py",
+        "optim/test_adamw.py optim/test_adamw_precision.py optim/test_gradient_feeds.py",
         "(test_l2_sp_and_clipping_equal_the_reference and dtype0 and (groups or anchors_of))"
         " or test_parameter_without_gradient_is_left_alone_to_the_bit"
         " or test_coordinate_with_a_non_finite_gradient"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fsam_triton import FSAM, AdamWL2SP, FisherMask
-from tests.reference import Entry, Problem, ReferenceFSAM, ReferenceMask, small_model
+from tests.fp64_optimizers import Entry, ReferenceFSAM, ReferenceMask
+from tests.problem import Problem, small_model
 
 WIDE = [torch.float32, torch.float64]
 NON_FINITE = [float("nan"), float("inf"), -float("inf")]

@@ -125,6 +125,7 @@ save_delta(model, FishMask.random(model, 0.5), sys.argv[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_process_that_is_killed_in_the_middle_of_a_write_leaves_the_old_file(tmp_path):
     base = small_delta(tmp_path / "delta")

@@ -9,15 +9,13 @@ import scipy.stats
 import torch
 
 from tests.analysis.cases import TiedHead
-from tests.test_fidelity import load_bench
 
 pytest.importorskip("transformers")
-load_bench()
 
-from bench.experiments import comparisons  # noqa: E402
-from bench.experiments.classification import with_wrong_labels  # noqa: E402
-from bench.experiments.methods import METHODS  # noqa: E402
-from bench.experiments.training import epochs, rate, train  # noqa: E402
+from bench.experiments import comparisons
+from bench.experiments.classification import with_wrong_labels
+from bench.experiments.methods import METHODS
+from bench.experiments.training import epochs, rate, train
 
 NORMAL = np.random.default_rng(0).normal(0.3, 1.0, size=(2, 8))
 

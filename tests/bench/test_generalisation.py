@@ -7,13 +7,10 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from tests.test_fidelity import load_bench
-
 pytest.importorskip("transformers")
-load_bench()
 
-from bench import generalisation  # noqa: E402
-from bench.generalisation import (  # noqa: E402
+from bench import generalisation
+from bench.generalisation import (
     ADAMW,
     CHOICE_SEEDS,
     EPOCHS,
@@ -33,10 +30,10 @@ from bench.generalisation import (  # noqa: E402
     report,
     stratified,
 )
-from bench.records import recorded  # noqa: E402
-from fsam_triton.finetune.texts import Texts, read_bbc_news  # noqa: E402
+from bench.records import recorded
+from fsam_triton.finetune.texts import Texts, read_bbc_news
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "evidence.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "evidence.md"
 CHOICES = {method: (1e-4, METHODS[method].grid[0]) for method in METHODS}
 
 

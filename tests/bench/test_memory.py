@@ -3,12 +3,9 @@
 import pytest
 import torch
 
-from tests.test_fidelity import load_bench
-
 pytest.importorskip("psutil")
-load_bench()
 
-from bench.memory import Memory, build_and_measure  # noqa: E402
+from bench.memory import Memory, build_and_measure
 
 KB = 1024
 

@@ -8,20 +8,17 @@ import pytest
 import scipy.stats
 import torch
 
-from tests.test_fidelity import load_bench
-
 pytest.importorskip("transformers")
-load_bench()
 
-from bench.experiments import __main__ as command  # noqa: E402
-from bench.experiments import choices, tables  # noqa: E402
-from bench.experiments.choices import CHOICE_SEEDS, CLASSIFICATION, SEEDS, Block  # noqa: E402
-from bench.experiments.methods import ADAMW, METHODS, STABLE, TWICE  # noqa: E402
-from bench.experiments.training import train  # noqa: E402
-from bench.generalisation import put_into  # noqa: E402
-from bench.records import recorded  # noqa: E402
+from bench.experiments import __main__ as command
+from bench.experiments import choices, tables
+from bench.experiments.choices import CHOICE_SEEDS, CLASSIFICATION, SEEDS, Block
+from bench.experiments.methods import ADAMW, METHODS, STABLE, TWICE
+from bench.experiments.training import train
+from bench.generalisation import put_into
+from bench.records import recorded
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "evidence.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "evidence.md"
 BLOCK = Block(CLASSIFICATION, "model", "data", 0.0, 320, 3)
 
 

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from fsam_triton.kernels import reference, spec
 from fsam_triton.kernels.segments import Plan, Segments
-from tests.kernel_cases import FLOATS, ordinary, with_specials
-from tests.launches import HYPER, REMAINDERS
+from tests.kernels.cases import FLOATS, ordinary, with_specials
+from tests.kernels.launches import HYPER, REMAINDERS
 
 # The optimizers' types of weights and state; with a remainder there are fp32 master weights.
 TYPES = {

@@ -8,18 +8,15 @@ import platform
 import pytest
 import torch
 
-from tests.test_fidelity import load_bench
-
 pytest.importorskip("psutil")
-load_bench()
 
-from bench import traffic  # noqa: E402
-from bench.bandwidth import Rates, measure_rates  # noqa: E402
-from bench.memory import build_and_measure  # noqa: E402
-from bench.render import Run, render  # noqa: E402
-from bench.workloads import IMPLEMENTATIONS, MODELS, is_installed, make_parameters  # noqa: E402
+from bench import traffic
+from bench.bandwidth import Rates, measure_rates
+from bench.memory import build_and_measure
+from bench.render import Run, render
+from bench.workloads import IMPLEMENTATIONS, MODELS, is_installed, make_parameters
 
-BENCH = pathlib.Path(__file__).parent.parent / "bench"
+BENCH = pathlib.Path(__file__).parents[2] / "bench"
 SHAPES = [(40, 24), (24,), (24, 24)]
 STEPS = 3
 

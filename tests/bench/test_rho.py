@@ -8,16 +8,13 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from tests.test_fidelity import load_bench
-
 pytest.importorskip("transformers")
-load_bench()
 
-from bench import rho  # noqa: E402
-from bench.generalisation import put_into  # noqa: E402
-from bench.records import recorded  # noqa: E402
+from bench import rho
+from bench.generalisation import put_into
+from bench.records import recorded
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "rho.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "rho.md"
 
 
 def run(method, strength, seed, right, loss=0.5, **more):

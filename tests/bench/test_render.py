@@ -4,11 +4,7 @@ import json
 
 import pytest
 
-from tests.test_fidelity import load_bench
-
-load_bench()
-
-from bench.render import PAGES, Run, draw, load, render  # noqa: E402
+from bench.render import PAGES, Run, draw, load, render
 
 MACHINE = {"cpu": "A CPU", "threads": 2, "torch": "2.13.0"}
 

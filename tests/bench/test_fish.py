@@ -4,14 +4,11 @@ import itertools
 
 import pytest
 
-from tests.test_fidelity import load_bench
-
 pytest.importorskip("transformers")
-load_bench()
 
-from bench.fish import AS_FEW, DENSE, Task, best, format_table  # noqa: E402
-from fsam_triton import FishMask  # noqa: E402
-from fsam_triton.finetune.models import load_empty_model  # noqa: E402
+from bench.fish import AS_FEW, DENSE, Task, best, format_table
+from fsam_triton import FishMask
+from fsam_triton.finetune.models import load_empty_model
 
 
 def test_learning_rate_is_that_of_the_highest_accuracy_then_of_the_lowest_loss():

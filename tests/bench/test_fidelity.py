@@ -1,27 +1,11 @@
 """The measurements of bench/fidelity.py, where the right answer is known."""
 
-import importlib.util
 import math
-import pathlib
-import sys
 
 import pytest
 import torch
 
-
-def load_bench() -> None:
-    """Make `bench` importable, which is not installed. Not by way of sys.path, where `kernels` would turn up too."""
-    folder = pathlib.Path(__file__).parent.parent / "bench"
-    spec = importlib.util.spec_from_file_location(
-        "bench", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    sys.modules["bench"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["bench"])
-
-
-load_bench()
-
-from bench.fidelity import BF16, FP32, cast, compare, dithered, intend, perturb, rounded  # noqa: E402
+from bench.fidelity import BF16, FP32, cast, compare, dithered, intend, perturb, rounded
 
 N = 2**15
 # Of bf16 between 2**-7 and 2**-6, where the weights lie and stay.

@@ -5,11 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.test_fidelity import load_bench
-
-load_bench()
-
-from bench.records import find, record, recorded  # noqa: E402
+from bench.records import find, record, recorded
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fsam_triton.kernels import reference, spec
 from fsam_triton.kernels.segments import Plan, Segments
-from tests.kernel_cases import FLOATS, assert_same_bits, ordinary, pairwise, random_mask
+from tests.kernels.cases import FLOATS, assert_same_bits, ordinary, pairwise, random_mask
 
 # Ragged ends, nothing, one element, several chunks and threads; the last one is transposed in memory.
 SHAPES = [(3, 5), (1,), (0,), (2 * spec.CHUNK + 77,), (7,), (32,), (3 * spec.CHUNK,), (129, 33)]

@@ -3,15 +3,12 @@
 import pytest
 import torch
 
-from tests.test_fidelity import load_bench
-
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
-load_bench()
 
-import transformers  # noqa: E402
+import transformers
 
-from bench import lora  # noqa: E402
+from bench import lora
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
