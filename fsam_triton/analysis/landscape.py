@@ -17,6 +17,8 @@ from .figures import written_figure
 from .mean_loss import Loss, Vector, measuring, moved, random_like
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.contour import ContourSet
     from matplotlib.figure import Figure
 
 
@@ -139,19 +141,36 @@ def _plot_lines(figure: Figure, landscapes: Mapping[str, Landscape]) -> None:
 
 
 def _plot_maps(figure: Figure, landscapes: Mapping[str, Landscape]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    losses = torch.cat([landscape.losses.flatten() for landscape in landscapes.values()])
-    low, high = float(losses.min()), float(losses.max())
-    # Equal steps of the root of the rise: close to the minimum losses grow as a square.
-    levels = [low + (high - low) * (i / 20) ** 2 for i in range(21)] if high > low else None
+    levels = map_levels(landscapes.values())
     all_axes = figure.subplots(1, len(landscapes), squeeze=False)[0]
     for axes, (title, landscape) in zip(all_axes, landscapes.items(), strict=True):
-        x, z = landscape.coordinates, landscape.losses
-        # Rows are the second axis of a picture.
-        drawn = axes.contourf(x, x, z.T, levels, cmap="viridis", norm="linear")
-        axes.contour(x, x, z.T, levels, colors="white", linewidths=0.4)
-        axes.plot(0, 0, marker="+", color="red")
-        axes.set(title=title, xlabel="first direction", ylabel="second direction", aspect="equal")
-    # Round numbers at heights of their own: one a level would be crowded where the loss is low.
-    figure.colorbar(drawn, ax=list(all_axes), label="mean loss", spacing="proportional", ticks=MaxNLocator(6))
+        drawn = draw_map(axes, landscape, levels)
+        axes.set(title=title, xlabel="first direction", ylabel="second direction")
+    draw_scale(figure, drawn, ax=list(all_axes))
+
+
+def map_levels(landscapes: Iterable[Landscape]) -> list[float] | None:
+    """The losses at which the maps of all landscapes change colour; None if there is only one loss."""
+    losses = torch.cat([landscape.losses.flatten() for landscape in landscapes])
+    low, high = float(losses.min()), float(losses.max())
+    # Equal steps of the root of the rise: close to the minimum losses grow as a square.
+    return [low + (high - low) * (i / 20) ** 2 for i in range(21)] if high > low else None
+
+
+def draw_map(axes: Axes, landscape: Landscape, levels: list[float] | None) -> ContourSet:
+    """Draw a plane's losses; the result is what `draw_scale` needs."""
+    x, z = landscape.coordinates, landscape.losses
+    # Rows are the second axis of a picture.
+    drawn = axes.contourf(x, x, z.T, levels, cmap="viridis", norm="linear")
+    axes.contour(x, x, z.T, levels, colors="white", linewidths=0.4)
+    axes.plot(0, 0, marker="+", color="white", markeredgewidth=1.5)
+    axes.set_aspect("equal")
+    return drawn
+
+
+def draw_scale(figure: Figure, drawn: ContourSet, **place: Any) -> None:
+    """Draw the colours of maps with their losses; ``place`` is given to ``figure.colorbar``."""
+    from matplotlib.ticker import MaxNLocator
+
+    # Round numbers at heights of their own: one for each level would be crowded where the loss is low.
+    figure.colorbar(drawn, label="mean loss", spacing="proportional", ticks=MaxNLocator(6), **place)

@@ -131,14 +131,14 @@ def _reached(rhos: Sequence[float], losses: Sequence[float], start: float, targe
     return rhos[-1]
 
 
-def draw_rho_search(search: RhoSearch, axes: Axes, label: str | None = None) -> None:
-    """Draw the losses over rho, and the suggestion."""
+def draw_rho_search(search: RhoSearch, axes: Axes, label: str | None = None, **style: Any) -> None:
+    """Draw the losses over rho, and the suggestion; ``style`` is that of the curve."""
     finite = [(rho, loss) for rho, loss in zip(search.rhos, search.losses, strict=True) if loss < math.inf]
-    (line,) = axes.plot(*zip(*finite, strict=True), marker=".", label=label)
+    (line,) = axes.plot(*zip(*finite, strict=True), label=label, **{"marker": ".", **style})
     axes.axhline(search.loss, color=line.get_color(), linewidth=0.8)
     axes.axvline(search.rho, color=line.get_color(), linewidth=0.8, linestyle=":")
     axes.set(xlabel="rho", ylabel="loss of a batch", xscale="log")
-    axes.grid(alpha=0.3)
+    axes.grid(alpha=0.15)
 
 
 def plot_rho_search(search: RhoSearch, path: str | os.PathLike[str]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import math
 import sys
 from dataclasses import dataclass
 
@@ -26,13 +27,16 @@ try:
 except ImportError:
     transformers = None
 
+# Packaged articles of each subject; docs/evidence.md says why so many.
+ARTICLES = {"train_per_label": 200, "validation_per_label": 60}
+
 
 def read_data(arguments):
     """Return the (training, validation) texts that the arguments ask for."""
     if arguments.task_name:
         train, validation = read_glue(arguments.task_name)
     elif not arguments.train_file:
-        train, validation = read_bbc_news()
+        train, validation = read_bbc_news(**ARTICLES)
     else:
         train = read_texts(arguments.train_file, arguments.text_columns, arguments.label_column_name)
         if arguments.validation_file:
@@ -148,11 +152,10 @@ def finetune(arguments, argv=()):
         OutputError: a file cannot be written.
     """
     task = prepare(arguments)
-    if arguments.report:
-        html.check_installed()
+    reports = html.is_possible(arguments)
     output = Output(arguments, task.description)
-    if arguments.report:
-        make_folder("report", arguments.report)
+    if reports:
+        make_folder("report", arguments.report_folder)
     rank, workers = join_workers(arguments)
     steps = task.total_steps(arguments, workers)
 
@@ -165,24 +168,36 @@ def finetune(arguments, argv=()):
         output.save_mask(mask)
     try:
         train_all(arguments, task, steps, output, mask, (rank, workers))
+        if rank == 0:
+            output.write(mask)
+            output.remove_checkpoint()
+            if reports:
+                report(arguments, argv, task, output, mask)
+                output.write_results(mask)
     except BaseException:
-        if output.runs or output.stopped:
+        if output.all_runs:
+            output.show(mask)
             with contextlib.suppress(OSError):
-                output.finish(mask)
+                output.write(mask)
+                output.show_places()
         raise
     if rank == 0:
-        output.finish(mask)
-        output.remove_checkpoint()
-        if arguments.report:
-            sharpness = probe.measure_sharpness(arguments, task)
-            with writing(arguments.report):
-                page = html.write_report(arguments, argv, task, output.runs, mask, sharpness)
-            print(f"report: {page}")
+        output.show(mask)
+        output.show_places()
     if workers > 1:
         # A thread of gloo's that lets go of the last operation's tensors while Python shuts down aborts the process.
         dist.barrier()
         dist.destroy_process_group()
     return output.runs
+
+
+def report(arguments, argv, task, output, mask):
+    """Measure how sharp the saved models are, and write the HTML page."""
+    sharpness = probe.measure_sharpness(arguments, task)
+    for run, found in zip(output.runs, sharpness[1:], strict=True):
+        run.m_sharpness = found.m_sharpness if math.isfinite(found.m_sharpness) else None
+    with writing(arguments.report_folder):
+        output.page = html.write_report(arguments, argv, task, output.runs, mask, sharpness)
 
 
 def train_all(arguments, task, steps, output, mask, worker):
@@ -203,6 +218,9 @@ def train_all(arguments, task, steps, output, mask, worker):
         if worker[0] == 0:
             output.runs.append(trainer.run)
             save_run(arguments, task, output, mask, trainer, run_folder(arguments, sam_type))
+            trainer.evaluate_rounded(task.validation)
+            if arguments.save_steps:
+                output.save_checkpoint()
         # The next run's memory is to be its own: a model and its optimizer refer to each other.
         del trainer
         gc.collect()
@@ -217,12 +235,10 @@ def save_run(arguments, task, output, mask, trainer, folder):
             output.wrote(folder / ADAPTER_DELTA, folder / ADAPTER_CONFIG)
         else:
             output.wrote(*save(trainer.model, task.tokenizer, folder))
-    if task.test:
-        predictions = (task.names[i] for i in trainer.logits(task.test).argmax(-1).tolist())
-        lines = ["index\tprediction", *(f"{i}\t{prediction}" for i, prediction in enumerate(predictions))]
-        output.wrote(write_text(folder / "predict_results.tsv", "\n".join(lines) + "\n"))
-    if arguments.save_steps:
-        output.save_checkpoint()
+        if task.test:
+            predictions = (task.names[i] for i in trainer.logits(task.test).argmax(-1).tolist())
+            lines = ["index\tprediction", *(f"{i}\t{prediction}" for i, prediction in enumerate(predictions))]
+            output.wrote(write_text(folder / "predict_results.tsv", "\n".join(lines) + "\n"))
 
 
 def main(argv=None):

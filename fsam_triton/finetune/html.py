@@ -16,24 +16,35 @@ import torch
 import torch.distributed as dist
 
 from .. import __version__
-from ..analysis import plot_landscapes
 from ..analysis.density import layers_by_tensors
 from ..analysis.figures import written_figure
+from ..analysis.landscape import draw_map, draw_scale, map_levels
 from ..files import written_whole
 from . import probe
 from .errors import InputError
-from .report import PeakMemory, draw_evaluations, draw_losses, draw_rho_searches, table_note, table_rows
+from .evidence import other_seeds
+from .report import (
+    METRICS,
+    PeakMemory,
+    draw_evaluations,
+    draw_losses,
+    draw_rho_searches,
+    line_style,
+    steps_per_point,
+    table_note,
+    table_rows,
+)
 from .texts import SUBSET_SEED
 
-# Stands for the colour of the page's text in its pictures.
+# Stand in the pictures for the colour of the page's text and for those of the runs, which depend on the page's theme.
 _INK = "#010203"
-# Of a contrast of at least 3 with white and with the page's dark background.
-_COLORS = ("#2f7ed8", "#d9572b", "#2e9e5b", "#a45fd0", "#94801a", "#1b93a5", "#d1477f", "#7f7f7f", "#6f6ee8")
+_COLORS = {f"#0102f{number}": f"var(--run-{number})" for number in range(5)}
 _THEME = {
+    "font.size": 11,
+    "lines.linewidth": 2,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
-    "legend.framealpha": 0,
     "svg.fonttype": "none",
     "svg.hashsalt": "fsam-triton",
     "axes.spines.top": False,
@@ -43,11 +54,12 @@ _THEME = {
 }
 
 
-def check_installed():
-    """Raise InputError if the page cannot be made for want of a package."""
+def is_possible(arguments):
+    """Whether there is to be a page and can be one; raise InputError if it was asked for and lacks a package."""
     missing = [name for name in ("jinja2", "matplotlib", "scipy") if not importlib.util.find_spec(name)]
-    if missing:
+    if arguments.report and arguments.report_folder and missing:
         raise InputError(f"--report needs {' and '.join(missing)}: pip install 'fsam-triton[demo]'")
+    return arguments.report_folder is not None and not missing
 
 
 def write_report(arguments, argv, task, runs, mask, sharpness):
@@ -72,10 +84,16 @@ def write_report(arguments, argv, task, runs, mask, sharpness):
     )
     page = environment.get_template("report.html").render(
         names=", ".join(run.name for run in runs),
+        title=title([run.name for run in runs]),
+        outcome=outcome(runs, len(task.validation)),
+        density=mask and mask.density,
+        model=task.facts(arguments).get("model"),
         description=task.description,
         runs=runs,
+        steps_per_point=steps_per_point(runs),
+        other_seeds=other_seeds(arguments, runs),
         table=table_rows(runs),
-        table_note=table_note(runs[0].metric, PeakMemory(arguments.device).meaning),
+        table_note=table_note(runs, PeakMemory(arguments.device).meaning),
         pictures=draw_pictures(runs, {one.name: one.landscape for one in sharpness if one.landscape}),
         sharpness=sharpness,
         probe=probe,
@@ -86,10 +104,43 @@ def write_report(arguments, argv, task, runs, mask, sharpness):
         facts=facts(arguments, task.facts(arguments), mask),
         options=asdict(arguments),
     )
-    path = Path(arguments.report) / "report.html"
+    path = Path(arguments.report_folder) / "report.html"
     with written_whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
+
+
+def title(names):
+    """Return what the page is about, in a few words."""
+    if len(names) == 1:
+        return f"Fine-tuning with {names[0]}"
+    if len(names) > 4:
+        return f"{len(names)} optimizers compared"
+    return f"{', '.join(names[:-1])} and {names[-1]} compared"
+
+
+def outcome(runs, texts):
+    """Return in a sentence how the runs compare in their metric, which was measured on so many validation texts."""
+    metric = runs[0].metric
+    values = [run.summary()[f"eval_{metric}"] for run in runs]
+    best, worst = (max(values), min(values)) if metric == "accuracy" else (min(values), max(values))
+    best_shown, worst_shown = (format(value, METRICS[metric]) for value in (best, worst))
+    if len(runs) == 1:
+        return f"At the end, {metric} on the validation texts is {best_shown}."
+    if best_shown == worst_shown:
+        return f"All reach the same {metric} on the validation texts: {best_shown}."
+
+    def having(value):
+        return ", ".join(run.name for run, own in zip(runs, values, strict=True) if own == value)
+
+    gap = ""
+    if metric == "accuracy":
+        count = round((best - worst) * texts)
+        gap = f", a gap of {count} text{'s' if count > 1 else ''} in {texts}"
+    return (
+        f"The best {metric} on the validation texts is {best_shown} ({having(best)}), "
+        f"the worst {worst_shown} ({having(worst)}){gap}."
+    )
 
 
 def command_line(argv):
@@ -156,24 +207,63 @@ def shade(density):
 
 
 def draw_pictures(runs, landscapes):
-    """Return the page's pictures as SVG elements by name; there are none of ``landscapes`` if it is empty."""
+    """Return the page's pictures as SVG elements by name: curves, a line of each run, maps by run and their scale."""
     import matplotlib
 
-    styles = matplotlib.cycler(color=_COLORS) + matplotlib.cycler(linestyle=["-", "--", "-."] * 3)
-    pictures = {}
-    with matplotlib.rc_context({**_THEME, "axes.prop_cycle": styles}), tempfile.TemporaryDirectory() as folder:
-        drawings = {"losses": draw_losses, "evaluations": draw_evaluations}
-        if any(run.rho_search for run in runs):
-            drawings["rho"] = draw_rho_searches
-        for name, draw in drawings.items():
-            path = Path(folder) / f"{name}.svg"
-            with written_figure(path, 5.2, 3.6) as figure:
-                draw(runs, figure.subplots())
-            pictures[name] = embedded_svg(path)
+    curves = {"losses": draw_losses, "evaluations": draw_evaluations}
+    if any(run.rho_search for run in runs):
+        curves["rho"] = draw_rho_searches
+    with matplotlib.rc_context({**_THEME, "axes.prop_cycle": matplotlib.cycler(color=_COLORS)}):
+        pictures = {
+            name: picture(name, 4.8, 3.2, lambda figure, draw=draw: draw(runs, figure.subplots()))
+            for name, draw in curves.items()
+        }
+        pictures["keys"] = [
+            picture(f"key{number}", 0.55, 0.2, lambda figure, number=number: draw_key(number, figure))
+            for number in range(len(runs))
+        ]
         if landscapes:
-            plot_landscapes(landscapes, Path(folder) / "landscapes.svg")
-            pictures["landscapes"] = embedded_svg(Path(folder) / "landscapes.svg")
+            levels = map_levels(landscapes.values())
+            pictures["maps"] = {
+                name: picture(f"map{number}", 2.6, 2.5, lambda figure, one=one: draw_small_map(one, levels, figure))
+                for number, (name, one) in enumerate(landscapes.items())
+            }
+            one = next(iter(landscapes.values()))
+            pictures["scale"] = picture("scale", 4.8, 0.75, lambda figure: draw_map_scale(one, levels, figure))
     return pictures
+
+
+def draw_key(number, figure):
+    """Draw a piece of a run's curve."""
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    axes.set(xlim=(0, 2), ylim=(-1, 1))
+    axes.plot((0, 1, 2), (0, 0, 0), markevery=(1, 2), **line_style(number))
+
+
+def draw_small_map(landscape, levels, figure):
+    """Draw a landscape without words."""
+    axes = figure.subplots()
+    draw_map(axes, landscape, levels)
+    axes.set(xticks=(-probe.RADIUS, 0, probe.RADIUS), yticks=(-probe.RADIUS, 0, probe.RADIUS))
+
+
+def draw_map_scale(landscape, levels, figure):
+    """Draw the colours of all landscapes, of which ``landscape`` is one."""
+    place = figure.subplots()
+    axes = figure.add_axes((0, 0, 1, 1))
+    draw_scale(figure, draw_map(axes, landscape, levels), cax=place, orientation="horizontal")
+    axes.remove()
+
+
+def picture(name, width, height, draw):
+    """Return what ``draw`` has drawn into a figure of that size in inches as an SVG element, for a page."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.svg"
+        with written_figure(path, width, height) as figure:
+            draw(figure)
+        return embedded_svg(path)
 
 
 def embedded_svg(path):
@@ -181,5 +271,7 @@ def embedded_svg(path):
     from markupsafe import Markup
 
     text = path.read_text(encoding="utf-8")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S).replace(_INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
+    for color, own in {_INK: "currentColor", **_COLORS}.items():
+        text = text.replace(color, own)
     return Markup(re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{path.stem}-", text))

@@ -42,6 +42,11 @@ WARMUP_STABLE_DECAY = "warmup_stable_decay"
 LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", WARMUP_STABLE_DECAY)
 # Those whose rho has the scale of SAM's, which `find_rho` suggests.
 AUTO_RHO = {"sam", "gsam", "fisher-sam", "fisher-gsam"}
+# Default radius of those that have another scale: ASAM measures it in sizes of the weights, MomentumSAM's direction is
+# an average of gradients. docs/evidence.md shows the grids.
+RHO = {"asam": 0.1, "momentum-sam": 0.05}
+# The value of ``--report`` for no report.
+NO_REPORT = "none"
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ TASK_OF = {
 DEFAULTS = {
     "lora": {"learning_rate": 2e-4, "lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.05},
     "from scratch": {"learning_rate": 2e-3},
+    "packaged texts": {"max_seq_length": 32, "num_train_epochs": 2.0, "learning_rate": 1e-4},
     "sequence-classification": {
         "max_seq_length": 96,
         "num_train_epochs": 4.0,
@@ -211,7 +217,7 @@ class Arguments:
     output_dir: str = option("fsam-finetune-output", "folder for models, figures and the plot", metavar="FOLDER")
     overwrite_output_dir: bool = option(False, "replace the files of an earlier run in --output_dir")
     report: str | None = option(
-        None, "folder for report.html: curves, sharpness, loss landscapes and this command", metavar="FOLDER"
+        None, "folder for report.html (default: --output_dir); none: no report, which saves some time", metavar="FOLDER"
     )
     save_delta: bool = option(False, "save the trained weights alone, for fsam_triton.from_pretrained")
     save_steps: int | None = option(None, "write a checkpoint to --output_dir every so many steps")
@@ -223,7 +229,7 @@ class Arguments:
             "choices": list(SAM_TYPES),
             "metavar": "TYPE",
             "help": f"{', '.join(SAM_TYPES)}; several are compared "
-            "(default: none fisher-sam, or none sam unless all weights are trained)",
+            "(default: none momentum-sam fisher-sam; sam instead of fisher-sam unless all weights are trained)",
         },
     )
     trainable: Literal[TRAINABLE] = option(
@@ -248,7 +254,10 @@ class Arguments:
     )
 
     rho: float | Literal[AUTO] | None = tuning(
-        "radius of the perturbation; auto: found before each run", type=radius, metavar="X|auto"
+        "radius of the perturbation; auto: found before each run "
+        "(default: 0.02; asam 0.1, momentum-sam 0.05; without --sam_type auto)",
+        type=radius,
+        metavar="X|auto",
     )
     alpha: float | None = tuning("gsam types: weight of the surrogate gap")
     sigma: float | None = tuning("friendly-sam: how much of the average gradient is left out of the perturbation")
@@ -323,8 +332,12 @@ class Arguments:
     use_cpu: bool = option(False, "stay on the CPU where there is a GPU")
 
     def __post_init__(self):
-        some = not self.trains_all or self.lora
-        self.sam_type = list(dict.fromkeys(self.sam_type or ["none", "sam" if some else "fisher-sam"]))
+        if self.sam_type is None:
+            some = not self.trains_all or self.lora
+            self.sam_type = ["none", "momentum-sam", "sam" if some else "fisher-sam"]
+            if self.rho is None and not self.why_no_search:
+                self.rho = AUTO
+        self.sam_type = list(dict.fromkeys(self.sam_type))
         self.given = list(dict.fromkeys(m.option for m in MEANINGS if getattr(self, m.option) is not None))
         for meaning in MEANINGS:
             name = meaning.option
@@ -332,7 +345,9 @@ class Arguments:
                 setattr(self, name, meaning.default)
         if self.task == "causal-lm" and "gamma" not in self.given:
             self.gamma = 1.0
-        situations = {"lora": self.lora, "from scratch": self.from_scratch, self.task: True}
+        classifies = self.task == "sequence-classification"
+        packaged = classifies and not (self.train_file or self.task_name or self.model_name_or_path)
+        situations = {"lora": self.lora, "from scratch": self.from_scratch, "packaged texts": packaged, self.task: True}
         for situation, values in DEFAULTS.items():
             for name, value in values.items() if situations.get(situation) else ():
                 if getattr(self, name) is None:
@@ -352,6 +367,43 @@ class Arguments:
     def trains_all(self):
         """Whether all weights are trained."""
         return self.trainable == "all"
+
+    @property
+    def why_no_search(self):
+        """Why ``--rho auto`` cannot be had with the other options; empty where it can."""
+        for wrong, why in (
+            (
+                self.task == "causal-lm",
+                "--rho auto needs --task sequence-classification, for which its rule was calibrated",
+            ),
+            (
+                not self.trains_all,
+                f"--rho auto and --trainable {self.trainable} exclude each other: all weights are moved",
+            ),
+            (
+                self.gradient_accumulation_steps > 1,
+                "--rho auto needs --gradient_accumulation_steps 1: it is found on single batches",
+            ),
+            (
+                self.ascent_fraction is not None and self.ascent_fraction < 1,
+                "--rho auto needs --ascent_fraction 1: it is found on whole batches",
+            ),
+            (self.rho_min, "--rho auto and --rho_min exclude each other: the rho that is found may be smaller"),
+        ):
+            if wrong:
+                return why
+        return ""
+
+    def rho_of(self, sam_type):
+        """Return the radius of a type: the given one, its own default, or `AUTO` if it is to be found."""
+        if "rho" not in self.given or (self.rho == AUTO and sam_type not in AUTO_RHO):
+            return RHO.get(sam_type, self.rho)
+        return self.rho
+
+    @property
+    def report_folder(self):
+        """The folder of the report, or None for no report."""
+        return None if self.report == NO_REPORT else self.report or self.output_dir
 
     @property
     def mixes(self):
@@ -384,7 +436,7 @@ class Arguments:
     def of(self, owner, sam_type):
         """Return the arguments that a class of the library takes from these options, as a dict."""
         return {
-            meaning.argument: getattr(self, meaning.option)
+            meaning.argument: self.rho_of(sam_type) if meaning.option == "rho" else getattr(self, meaning.option)
             for meaning in MEANINGS
             if meaning.owner is owner and sam_type in meaning.users
         }

@@ -19,7 +19,7 @@ except ImportError:
     transformers = None
 
 # Texts of the sample and of its batches; the radius in which sharpness is measured, and the steps to the worst case.
-TEXTS = 16
+TEXTS = 32
 BATCH = 8
 RHO = 0.05
 ASCENT_STEPS = 5
@@ -64,6 +64,13 @@ def measure_sharpness(arguments, task):
             found.append(measure(SAM_TYPES[sam_type], model.to(arguments.device), batches, True, bar))
     print(f"sharpness and landscapes: {time.perf_counter() - start:.0f} s")
     return found
+
+
+def measure_m_sharpness(arguments, task):
+    """Return the m-sharpness alone of each model that the runs have saved, the same as in `measure_sharpness`."""
+    batches = list(task.draw_batches(TEXTS, BATCH, SUBSET_SEED))
+    models = (task.saved_model(arguments, run_folder(arguments, sam_type)) for sam_type in arguments.sam_type)
+    return [analysis.m_sharpness(model, _loss, batches, RHO) for model in models]
 
 
 def measure(name, model, batches, has_landscape, bar=None):

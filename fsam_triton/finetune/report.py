@@ -1,5 +1,6 @@
 """Measures a training run and reports several: peak memory, a table, a plot of the curves."""
 
+import math
 import statistics
 import threading
 from dataclasses import dataclass, field
@@ -12,6 +13,12 @@ from ..files import written_whole
 
 # How the table shows each metric.
 METRICS = {"accuracy": ".4f", "perplexity": ".2f"}
+# Weights are rounded to so many bits for an additional evaluation.
+ROUNDED_BITS = 4
+# How plots tell runs apart besides by colour; dashes are lengths of lines and gaps, in line widths.
+_DASHES = ((), (4.5, 1.5), (1.2, 1.2), (6, 1.5, 1.2, 1.5), (8, 3))
+_MARKERS = "os^Dv<>PX*h"
+_MOST_POINTS = 50
 
 
 @dataclass
@@ -28,6 +35,8 @@ class Run:
         mask_density: share of each parameter's weights that the last Fisher mask perturbs; empty without such a mask.
         metric: what is judged besides the loss: a key of `METRICS`.
         rho_search: the fields of the `RhoSearch` of ``--rho auto``, or None.
+        rounded: (value of the metric, loss) of the last step's model with weights rounded to `ROUNDED_BITS`, or None.
+        m_sharpness: of the saved model, on the sample of training texts of the report; None without one.
     """
 
     name: str
@@ -39,6 +48,8 @@ class Run:
     mask_density: dict[str, float] = field(default_factory=dict)
     metric: str = "accuracy"
     rho_search: dict | None = None
+    rounded: tuple[float, float] | None = None
+    m_sharpness: float | None = None
 
     def summary(self):
         """Return the figures of the table as a dict; the time is the median, which leaves out compiling."""
@@ -95,70 +106,103 @@ class PeakMemory:
 
 
 def table_rows(runs):
-    """Return the figures of ``runs`` as rows of strings: the headings, then one row per run."""
+    """Return the figures of ``runs`` as rows of strings: the headings, then one row per run.
+
+    What has been measured of no run has no column; of a single one, a dash.
+    """
     metric = runs[0].metric
-    rows = [("optimizer", metric, "loss", "s/step", "peak MiB")]
-    for run in runs:
-        figures = run.summary()
-        rows.append(
-            (
-                run.name,
-                format(figures[f"eval_{metric}"], METRICS[metric]),
-                f"{figures['eval_loss']:.4f}",
-                f"{figures['seconds_per_step']:.3f}",
-                f"{figures['peak_memory_bytes'] / 2**20:,.0f}",
-            )
-        )
-    return rows
+    columns = {
+        metric: [format(run.evaluations[-1][1], METRICS[metric]) for run in runs],
+        "loss": [f"{run.evaluations[-1][2]:.4f}" for run in runs],
+        f"{ROUNDED_BITS}-bit {metric}": [run.rounded and format(run.rounded[0], METRICS[metric]) for run in runs],
+        "m-sharpness": [None if run.m_sharpness is None else f"{run.m_sharpness:.4f}" for run in runs],
+        "s/step": [f"{run.summary()['seconds_per_step']:.3f}" for run in runs],
+        "peak MiB": [f"{run.peak_memory_bytes / 2**20:,.0f}" for run in runs],
+    }
+    columns = {heading: cells for heading, cells in columns.items() if any(cells)}
+    names = [run.name for run in runs]
+    cells = ([cell or "-" for cell in column] for column in columns.values())
+    return [("optimizer", *columns), *zip(names, *cells, strict=True)]
 
 
-def table_note(metric, memory_meaning):
+def table_note(runs, memory_meaning):
     """Return what the figures of the table are, in words."""
-    return f"{metric} and loss on the validation texts; s/step: median; peak MiB: {memory_meaning}"
+    parts = [f"{runs[0].metric} and loss: on the validation texts"]
+    if any(run.rounded for run in runs):
+        parts.append(f"{ROUNDED_BITS}-bit: with the linear layers' weights rounded to {ROUNDED_BITS} bits")
+    if any(run.m_sharpness is not None for run in runs):
+        parts.append("m-sharpness: rise of the loss around the weights, on training texts")
+    return "; ".join([*parts, "s/step: median", f"peak MiB: {memory_meaning}"])
 
 
 def format_table(runs, memory_meaning):
     """Return the figures of ``runs`` as lines of text, one per run, under a heading."""
-    lines = [f"{name:<12}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in table_rows(runs)]
     stopped = [
         f"{run.name}: stopped after step {len(run.losses)} of {run.total_steps}"
         for run in runs
         if len(run.losses) < run.total_steps
     ]
-    return "\n".join([*lines, *stopped, table_note(runs[0].metric, memory_meaning)])
+    return "\n".join([*aligned(table_rows(runs)), *stopped, table_note(runs, memory_meaning)])
+
+
+def aligned(rows):
+    """Return rows of strings as lines whose columns are as wide as they must be, all but the first flush right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [
+        name.ljust(first) + "".join(f"  {cell.rjust(width)}" for cell, width in zip(cells, others, strict=True))
+        for name, *cells in rows
+    ]
+
+
+def line_style(number):
+    """Return the colour, dashes and marker of a run, as keywords of ``axes.plot``."""
+    # One more for each round, so that no two runs have both colour and dashes in common.
+    dashes = _DASHES[(number + number // len(_DASHES)) % len(_DASHES)]
+    return {
+        "color": f"C{number}",
+        "linestyle": (0, dashes) if dashes else "-",
+        "marker": _MARKERS[number % len(_MARKERS)],
+    }
+
+
+def steps_per_point(runs):
+    """Return how many steps have one point in the plot of the losses: several in long runs, to show less noise."""
+    return math.ceil(max(len(run.losses) for run in runs) / _MOST_POINTS)
 
 
 def draw_losses(runs, axes):
-    """Draw the training loss of each run's steps."""
-    for run in runs:
-        axes.plot(range(1, len(run.losses) + 1), run.losses, label=run.name)
-    losses = [loss for run in runs for loss in run.losses]
+    """Draw the training loss of each run's steps, as means over `steps_per_point` steps."""
+    count = steps_per_point(runs)
+    means = []
+    for number, run in enumerate(runs):
+        parts = [run.losses[start : start + count] for start in range(0, len(run.losses), count)]
+        means += (values := [statistics.fmean(part) for part in parts])
+        middles = [count * i + (len(part) + 1) / 2 for i, part in enumerate(parts)]
+        axes.plot(middles, values, label=run.name, **{**line_style(number), "marker": ""})
     # Within one decade the labels of a logarithmic scale are hard to read.
-    axes.set(xlabel="step", ylabel="training loss", yscale="log" if max(losses) > 10 * min(losses) else "linear")
+    axes.set(xlabel="step", ylabel="training loss", yscale="log" if max(means) > 10 * min(means) else "linear")
     _finish(axes)
 
 
 def draw_evaluations(runs, axes):
     """Draw the metric of each run on the validation texts after the steps at which it was evaluated."""
-    for run in runs:
+    for number, run in enumerate(runs):
         steps, values, _ = zip(*run.evaluations, strict=True)
-        axes.plot(steps, values, marker="o", label=run.name)
+        axes.plot(steps, values, label=run.name, **line_style(number))
     axes.set(xlabel="step", ylabel=f"validation {runs[0].metric}")
     _finish(axes)
 
 
 def draw_rho_searches(runs, axes):
     """Draw how the loss rises with rho, of each run whose rho was searched."""
-    for run in runs:
+    for number, run in enumerate(runs):
         if run.rho_search:
-            draw_rho_search(RhoSearch(**run.rho_search), axes, run.name)
-    axes.legend()
+            draw_rho_search(RhoSearch(**run.rho_search), axes, run.name, **line_style(number))
 
 
 def _finish(axes):
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    axes.grid(alpha=0.15)
 
 
 def plot_curves(runs, path):
@@ -169,5 +213,7 @@ def plot_curves(runs, path):
     loss_axes, metric_axes = figure.subplots(1, 2)
     draw_losses(runs, loss_axes)
     draw_evaluations(runs, metric_axes)
+    for axes in (loss_axes, metric_axes):
+        axes.legend()
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

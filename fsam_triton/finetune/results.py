@@ -12,8 +12,9 @@ import torch
 
 from .. import FishMask
 from ..files import written_whole
+from . import evidence
 from .errors import InputError, writing
-from .report import PeakMemory, Run, format_table, plot_curves
+from .report import PeakMemory, Run, aligned, format_table, plot_curves
 
 RESULTS = "all_results.json"
 CHECKPOINT = "checkpoint.pt"
@@ -60,6 +61,7 @@ class Output:
         runs: those that are finished.
         files: paths of this command's files, relative to the folder.
         stopped: the run that an error or Ctrl-C has ended, if it was evaluated before.
+        page: path of the HTML report, once it is written.
         unfinished: state of the `Trainer` of the run to continue.
 
     Raises:
@@ -70,7 +72,7 @@ class Output:
         self.arguments, self.description = arguments, description
         self.folder = make_folder("output_dir", arguments.output_dir)
         self.runs, self.files = [], set()
-        self.stopped = self.unfinished = None
+        self.stopped = self.unfinished = self.page = None
         if arguments.resume_from_checkpoint:
             self._load_checkpoint()
         elif not arguments.overwrite_output_dir and not all(e.name.startswith(".") for e in self.folder.iterdir()):
@@ -90,36 +92,57 @@ class Output:
         """Note that files in the folder are this command's."""
         self.files.update(path.relative_to(self.folder).as_posix() for path in paths)
 
-    def finish(self, mask):
-        """Print the table; write figures, curves and the mask, if there is one; remove the files of an earlier run."""
-        runs = [*self.runs, self.stopped] if self.stopped else self.runs
-        print(format_table(runs, PeakMemory(self.arguments.device).meaning))
-        if mask:
-            print(f"trained weights: {mask.count:,} of {mask.total:,} ({mask.density:.3%})")
-        results, curves, table = (self.folder / name for name in (RESULTS, "training_curves.png", "mask.txt"))
+    @property
+    def all_runs(self):
+        """The finished runs, and the one that an error has ended."""
+        return [*self.runs, self.stopped] if self.stopped else self.runs
+
+    def write(self, mask):
+        """Write figures, curves and the mask, if there is one; remove the files of an earlier run."""
+        curves, table = self.folder / "training_curves.png", self.folder / "mask.txt"
         earlier = self._earlier_files()
         plots = importlib.util.find_spec("matplotlib")
-        self.wrote(results, *([table, self.folder / MASK] if mask else []), *([curves] if plots else []))
-        if self.arguments.report and Path(self.arguments.report).resolve() == self.folder.resolve():
-            self.wrote(self.folder / "report.html")
-        content = {
-            "arguments": dataclasses.asdict(self.arguments),
-            "trained_weights": mask and mask.count,
-            "runs": [{**run.summary(), **dataclasses.asdict(run)} for run in runs],
-            "files": sorted(self.files),
-        }
-        write_text(results, json.dumps(content, indent=1) + "\n")
+        self.wrote(*([table, self.folder / MASK] if mask else []), *([curves] if plots else []))
+        self.write_results(mask)
         if mask:
             write_text(table, mask.table() + "\n")
             self.save_mask(mask)
         if plots:
             with writing(curves):
-                plot_curves(runs, curves)
-        else:
-            print("no training_curves.png: matplotlib is not installed", file=sys.stderr)
+                plot_curves(self.all_runs, curves)
         for name in earlier - self.files:
             self._remove(name)
-        print(f"written to {self.folder}", flush=True)
+
+    def write_results(self, mask):
+        """Write the figures alone, and which files are this command's."""
+        results = self.folder / RESULTS
+        self.wrote(results)
+        if self.page and self.page.resolve().parent == self.folder.resolve():
+            self.wrote(self.folder / self.page.name)
+        content = {
+            "arguments": dataclasses.asdict(self.arguments),
+            "trained_weights": mask and mask.count,
+            "runs": [{**run.summary(), **dataclasses.asdict(run)} for run in self.all_runs],
+            "files": sorted(self.files),
+        }
+        write_text(results, json.dumps(content, indent=1) + "\n")
+
+    def show(self, mask):
+        """Print the table, and how it compares with other seeds if that is known."""
+        print(format_table(self.all_runs, PeakMemory(self.arguments.device).meaning))
+        if compared := evidence.other_seeds(self.arguments, self.all_runs):
+            print("", *aligned(compared), sep="\n")
+        if mask:
+            print(f"trained weights: {mask.count:,} of {mask.total:,} ({mask.density:.3%})")
+        if not importlib.util.find_spec("matplotlib"):
+            print("no training_curves.png: matplotlib is not installed", file=sys.stderr)
+
+    def show_places(self):
+        """Print where everything is."""
+        print(f"written to {self.folder}")
+        if self.page:
+            print(f"report: {self.page}")
+        sys.stdout.flush()
 
     def _earlier_files(self):
         """Return the files that the results in the folder name as theirs."""
@@ -153,7 +176,7 @@ class Output:
             raise InputError(f"--resume_from_checkpoint: {self.folder / MASK} is missing or damaged") from error
 
     def save_checkpoint(self, trainer=None):
-        """Write what `finish` and the run under way, if there is one, need to be continued."""
+        """Write what `write` and the run under way, if there is one, need to be continued."""
         path = self.folder / CHECKPOINT
         content = {
             "options": self._options(),

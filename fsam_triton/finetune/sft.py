@@ -10,16 +10,16 @@ import datasets
 import torch
 import transformers
 import trl
-from tqdm import tqdm
 
 from .. import FSAM
-from ..analysis import mask_density
+from ..analysis import mask_density, rounded_weights
 from ..integrations.transformers import SharpnessAwareMixin
 from .errors import InputError, writing
 from .language_models import adapter_config, quiet
 from .optimizers import build_optimizer
 from .options import DTYPES, SAM_TYPES
-from .report import PeakMemory, Run
+from .progress import Progress
+from .report import ROUNDED_BITS, PeakMemory, Run
 from .results import TRAINER_CHECKPOINTS
 
 ONE_PASS = {"none", "momentum-sam"}
@@ -87,13 +87,24 @@ class Trainer:
             with PeakMemory(self.arguments.device) as peak:
                 self.sft.train(resume_from_checkpoint=self.checkpoint)
         finally:
-            self.sft.notes.bar.close()
+            self.sft.notes.progress.close()
             self.run.peak_memory_bytes = max(self.run.peak_memory_bytes, peak.bytes)
         optimizer = self.sft.own_optimizer
         if isinstance(optimizer, FSAM) and optimizer.mask:
             trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
             densities = mask_density(optimizer, self.model)
             self.run.mask_density = {name: density for name, density in densities.items() if name in trained}
+
+    def evaluate_rounded(self, validation):
+        """Note perplexity and loss with the linear layers rounded to `ROUNDED_BITS`; not of an adapter.
+
+        Args:
+            validation: the texts of the task, which the trainer has.
+        """
+        if self.arguments.lora:
+            return
+        with self.final_weights(), rounded_weights(self.model, ROUNDED_BITS):
+            self.run.rounded = self.sft.judge(f"evaluating with {ROUNDED_BITS}-bit weights")
 
     def state_dict(self):
         """Return what is noted, and the step at which the Trainer has written a checkpoint of all else."""
@@ -209,18 +220,26 @@ class Noted:
         return loss
 
     @torch.no_grad()
-    def evaluate(self, *arguments, **keywords):
-        """Note perplexity and loss: means over all tokens, where Trainer has the mean over batches."""
-        total, tokens = 0.0, 0
+    def judge(self, doing):
+        """Return perplexity and loss, inside `final_weights`: means over all tokens, not over batches."""
+        total, tokens, batches = 0.0, 0, self.get_eval_dataloader()
         # A data loader draws from the generator of dropout.
-        with self.final_weights(), self.compute_loss_context_manager(), torch.random.fork_rng(devices=[]):
-            for batch in self.get_eval_dataloader():
+        unchanged, bar = torch.random.fork_rng(devices=[]), self.notes.progress.waiting(doing, len(batches))
+        with self.compute_loss_context_manager(), unchanged, bar as passed:
+            for batch in batches:
                 output = self.model(**self._prepare_inputs(batch), fused_lm_head=True)
                 total -= output.log_probs.double().sum().item()
                 tokens += output.label_mask.sum().item()
+                passed()
         loss = total / tokens
-        perplexity = math.exp(loss) if not loss > 700 else math.inf
+        return math.exp(loss) if not loss > 700 else math.inf, loss
+
+    def evaluate(self, *arguments, **keywords):
+        """Note perplexity and loss."""
+        with self.final_weights():
+            perplexity, loss = self.judge("evaluating")
         self.run.evaluations.append((self.state.global_step, perplexity, loss))
+        self.notes.progress.note(f"perplexity={perplexity:.2f}")
         return {"eval_loss": loss, "eval_perplexity": perplexity}
 
 
@@ -230,13 +249,12 @@ class Notes(transformers.TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
         self.saved = None
-        self.bar = tqdm(disable=True)
+        self.progress = Progress(trainer.run.name, 0, shown=False)
 
     def on_train_begin(self, args, state, control, **keywords):
         """Show the bar."""
         done = state.global_step
-        self.bar = tqdm(total=state.max_steps, initial=done, desc=self.trainer.run.name, unit="step")
-        self.bar.set_postfix_str("first step: compiling")
+        self.progress = Progress(self.trainer.run.name, state.max_steps, done)
         texts_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         ends_epoch = done and done % math.ceil(len(self.trainer.train_dataset) / texts_per_step) == 0
         if ends_epoch and done not in [step for step, *_ in self.trainer.run.evaluations]:
@@ -253,18 +271,13 @@ class Notes(transformers.TrainerCallback):
         run, loss = self.trainer.run, float(self.trainer.step_loss / self.trainer.step_tokens)
         run.step_seconds.append(time.perf_counter() - self.start)
         run.losses.append(loss)
-        self.bar.set_postfix_str(f"loss={loss:.3f}", refresh=False)
-        self.bar.update()
+        self.progress.step(state.global_step, loss)
         # Continued after its last step, a Trainer would make one more.
         control.should_save = control.should_save and state.global_step < state.max_steps
 
     def on_save(self, args, state, control, **keywords):
         """Refer to what the Trainer has written."""
         self.saved()
-
-    def on_epoch_end(self, args, state, control, **keywords):
-        """Say what is being waited for."""
-        self.bar.set_postfix_str("evaluating")
 
 
 class OnePassTrainer(Noted, trl.SFTTrainer):

@@ -10,17 +10,18 @@ import torch
 import torch.distributed as dist
 
 from .. import FSAM, FishMask, MixupDraw, SparseMerger, estimate_fisher
-from ..analysis import find_rho, mask_density
+from ..analysis import RHOS, find_rho, mask_density, rounded_weights
 from ..errors import ArgumentError
 from .errors import InputError
 from .models import draw_batches, load_model
 from .optimizers import build_mixup, build_optimizer, naming_options
 from .options import AUTO, DTYPES, SAM_TYPES
-from .report import PeakMemory, Run
+from .report import ROUNDED_BITS, PeakMemory, Run
 
 try:
     import transformers
-    from tqdm import tqdm
+
+    from .progress import Progress, waiting
 except ImportError:
     transformers = None
 
@@ -64,7 +65,7 @@ def search_rho(arguments, sam_type, path, names, tokenizer, train):
     Raises:
         InputError: there is no rho to suggest.
     """
-    if arguments.rho != AUTO or sam_type == "none":
+    if sam_type == "none" or arguments.rho_of(sam_type) != AUTO:
         return None
     transformers.set_seed(arguments.seed)
     model, _ = load_model(path, names)
@@ -75,12 +76,14 @@ def search_rho(arguments, sam_type, path, names, tokenizer, train):
         labels = inputs.pop("labels")
         with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
             logits = model(**inputs).logits.float()
+        passed()
         return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=arguments.label_smoothing_factor)
 
     size = arguments.per_device_train_batch_size
     batches = draw_batches(tokenizer, train, RHO_BATCHES * size, size, arguments.seed)
     try:
-        search = find_rho(model, loss, batches, num_batches=RHO_BATCHES)
+        with waiting(f"{SAM_TYPES[sam_type]}: looking for rho", RHO_BATCHES * (1 + len(RHOS)), "pass") as passed:
+            search = find_rho(model, loss, batches, num_batches=RHO_BATCHES)
     except (ArgumentError, FloatingPointError) as error:
         raise InputError(f"--rho auto: {error}") from error
     text = f"{SAM_TYPES[sam_type]}: rho {search.rho:.3g} raises the loss of a batch by {search.rise:.3g} of it"
@@ -128,6 +131,7 @@ class Trainer:
         self.rank, self.workers = worker
         self.mixup = build_mixup(arguments, total_steps, self.rank)
         self.random_state = []
+        self.progress = Progress(self.run.name, total_steps, shown=False)
         self.merger = None
         if arguments.local_steps:
             self.merger = SparseMerger(self.model, self.optimizer, lambda: trainable, local_steps=arguments.local_steps)
@@ -146,21 +150,40 @@ class Trainer:
         self.model.eval()
         return self.optimizer.ema_weights() if self.optimizer.ema_decay is not None else contextlib.nullcontext()
 
-    def logits(self, features):
-        """Return the logits of all ``features``, in fp32 on the CPU, without dropout, at the final weights."""
-        size = self.arguments.per_device_eval_batch_size
-        with torch.no_grad(), self.final_weights():
-            batches = (self.collate(features[i : i + size]) for i in range(0, len(features), size))
-            return torch.cat([self.forward(batch).logits for batch in batches]).float().cpu()
+    def logits(self, features, passed=lambda: None):
+        """Return the logits of all ``features``, in fp32 on the CPU; call this inside `final_weights`.
+
+        Args:
+            features: encoded texts, without labels.
+            passed: called after each batch.
+        """
+        size, found = self.arguments.per_device_eval_batch_size, []
+        with torch.no_grad():
+            for i in range(0, len(features), size):
+                found.append(self.forward(self.collate(features[i : i + size])).logits)
+                passed()
+        return torch.cat(found).float().cpu()
+
+    def judge(self, features, doing):
+        """Return accuracy and loss on ``features``, inside `final_weights`, and say meanwhile what is being done."""
+        unlabelled = [{key: value for key, value in feature.items() if key != "labels"} for feature in features]
+        labels = torch.tensor([feature["labels"] for feature in features])
+        batches = math.ceil(len(features) / self.arguments.per_device_eval_batch_size)
+        with self.progress.waiting(doing, batches) as passed:
+            logits = self.logits(unlabelled, passed)
+        accuracy = (logits.argmax(-1) == labels).double().mean().item()
+        return accuracy, torch.nn.functional.cross_entropy(logits, labels).item()
 
     def evaluate(self, features):
         """Note accuracy and loss on ``features``."""
-        unlabelled = [{key: value for key, value in feature.items() if key != "labels"} for feature in features]
-        labels = torch.tensor([feature["labels"] for feature in features])
-        logits = self.logits(unlabelled)
-        accuracy = (logits.argmax(-1) == labels).double().mean().item()
-        loss = torch.nn.functional.cross_entropy(logits, labels).item()
-        self.run.evaluations.append((len(self.run.losses), accuracy, loss))
+        with self.final_weights():
+            self.run.evaluations.append((len(self.run.losses), *self.judge(features, "evaluating")))
+        self.progress.note(f"accuracy={self.run.evaluations[-1][1]:.3f}")
+
+    def evaluate_rounded(self, features):
+        """Note accuracy and loss on ``features`` with the linear layers rounded to `ROUNDED_BITS`."""
+        with self.final_weights(), rounded_weights(self.model, ROUNDED_BITS):
+            self.run.rounded = self.judge(features, f"evaluating with {ROUNDED_BITS}-bit weights")
 
     def step(self, features):
         """Make one optimizer step on texts, of one batch or of several whose gradients add up; note loss and time."""
@@ -228,25 +251,21 @@ class Trainer:
             self._set_random_state()
         # The epochs of a resumed run begin at its first step, too.
         done, number = len(self.run.losses), 0
-        bar = tqdm(total=self.total_steps, initial=done, desc=self.run.name, unit="step", disable=self.rank > 0)
+        self.progress = Progress(self.run.name, self.total_steps, done, shown=self.rank == 0)
         try:
-            with PeakMemory(self.arguments.device) as peak, bar:
-                bar.set_postfix_str("first step: compiling")
+            with PeakMemory(self.arguments.device) as peak, contextlib.closing(self.progress):
                 for epoch in self.epochs(len(train)):
                     for indices in epoch:
                         number += 1
                         if number > done:
                             loss = self.step([train[i] for i in indices])
+                            self.progress.step(number, loss)
                             if self.arguments.save_steps and number % self.arguments.save_steps == 0:
                                 checkpoint(self)
-                            bar.set_postfix_str(f"loss={loss:.3f}", refresh=False)
-                            bar.update()
                     if self.merger:
                         self.merger.finish()
                     if self.rank == 0 and number not in [step for step, *_ in self.run.evaluations]:
-                        bar.set_postfix_str("evaluating")
                         self.evaluate(validation)
-                        bar.set_postfix_str(f"accuracy={self.run.evaluations[-1][1]:.3f}")
         finally:
             self.run.peak_memory_bytes = max(self.run.peak_memory_bytes, peak.bytes)
         if isinstance(self.optimizer, FSAM) and self.optimizer.mask:

@@ -84,4 +84,6 @@ def options(tiny_bert, reviews, tmp_path):
         "--max_steps",
         "4",
         "--use_cpu",
+        "--report",
+        "none",
     ]

@@ -74,7 +74,12 @@ def lm_options(tiny_gpt, sentences, tmp_path):
         "max_steps": 3,
         "per_device_train_batch_size": 4,
     }
-    return [*(word for name, value in options.items() for word in (f"--{name}", str(value))), "--use_cpu"]
+    return [
+        *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+        "--use_cpu",
+        "--report",
+        "none",
+    ]
 
 
 def write_rows(path, *rows):

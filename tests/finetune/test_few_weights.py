@@ -65,7 +65,7 @@ def test_mask_is_written_and_holds_the_head_and_what_was_trained(
 
 
 def test_compared_runs_train_the_same_weights(options, tmp_path):
-    adamw, sam = trained(options, "--trainable", "fish", "--save_delta")
+    adamw, sam = trained(options, "--trainable", "fish", "--save_delta", "--sam_type", "none", "sam")
     assert (adamw.name, sam.name) == ("AdamW", "SAM")
     assert adamw.losses[0] == sam.losses[0]
     assert adamw.losses[1:] != sam.losses[1:]

@@ -23,13 +23,14 @@ from fsam_triton import FishMask, analysis, finetune  # noqa: E402  (transformer
 from fsam_triton.finetune import html as html_report  # noqa: E402
 from fsam_triton.finetune import models, probe  # noqa: E402
 from fsam_triton.finetune.options import SAM_TYPES, Arguments  # noqa: E402
-from fsam_triton.finetune.report import Run  # noqa: E402
+from fsam_triton.finetune.report import Run, draw_losses, line_style, steps_per_point  # noqa: E402
 from fsam_triton.finetune.texts import SUBSET_SEED, read_texts  # noqa: E402
 from tests.finetune.running import results, trained  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 LABELS = ["<b>bad</b>", "</title><script>alert(1)</script>"]
 RUN = Run("AdamW", losses=[1.0, 0.5], step_seconds=[0.1, 0.1], evaluations=[(2, 0.75, 0.25)])
+FLAT = analysis.Landscape(torch.arange(9.0) / 8 - 0.5, torch.ones(9, 9))
 
 
 class Page(html.parser.HTMLParser):
@@ -89,7 +90,7 @@ def made(tiny_bert, tmp_path_factory):
     data.write_text("label,text\n" + "".join(f"{label},the film was {words[label]}\n" for label in LABELS * 12))
     argv = ["--model_name_or_path", tiny_bert, "--train_file", str(data), "--validation_file", str(data)]
     argv += ["--output_dir", str(folder / "out"), "--report", str(folder / "page"), "--max_steps", "3", "--use_cpu"]
-    argv += ["--rho", "auto"]
+    argv += ["--sam_type", "none", "fisher-sam", "--rho", "auto"]
     printed, progress = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress):
         assert finetune.main(argv) == 0
@@ -110,14 +111,116 @@ def test_page_refers_to_nothing_outside_itself(made):
 
 
 def test_page_has_the_figures_that_are_printed(made):
-    printed = [line.split() for line in made.printed.splitlines()[4:6]]
+    lines = made.printed.splitlines()
+    table = next(i for i, line in enumerate(lines) if line.startswith("optimizer "))
+    assert " ".join(lines[table].split()) == "optimizer accuracy loss 4-bit accuracy m-sharpness s/step peak MiB"
+    printed = [line.split() for line in lines[table + 1 : table + 3]]
     assert [row[0] for row in printed] == ["AdamW", "Fisher-SAM"]
     assert made.page.rows[1:3] == printed
 
 
 def test_page_has_the_rho_that_was_found(made):
     (found,) = re.findall(r"Fisher-SAM: rho (\S+) raises the loss", made.printed)
-    assert f"Dotted: Fisher-SAM {found}, which raises it by 0.01 of it." in " ".join(made.page.text.split())
+    text = " ".join(made.page.text.split())
+    assert (
+        f"the rho at which the loss of a batch is 1 % higher than at the weights. It is {found} for Fisher-SAM." in text
+    )
+
+
+def test_page_begins_with_what_was_trained_and_what_came_out(made):
+    head, _, _ = " ".join(made.page.text.split()).partition(" Results ")
+    assert "AdamW and Fisher-SAM compared" in head
+    assert f"{made.argv[1]}, trained for 3 steps on {made.argv[3]}: 24 training and 24 validation texts" in head
+    assert html_report.outcome(finetune_runs(made), 24) in head
+
+
+def finetune_runs(made):
+    """The runs as far as `outcome` looks at them."""
+    return [dataclasses.replace(RUN, name=run["name"], evaluations=run["evaluations"]) for run in json_of(made)["runs"]]
+
+
+def judged(metric="accuracy", **values):
+    return [dataclasses.replace(RUN, name=name, metric=metric, evaluations=[(2, x, 1.0)]) for name, x in values.items()]
+
+
+@pytest.mark.parametrize(
+    ("runs", "sentence"),
+    [
+        (judged(A=0.5), "At the end, accuracy on the validation texts is 0.5000."),
+        (judged(A=0.5, B=0.5), "All reach the same accuracy on the validation texts: 0.5000."),
+        (
+            judged(A=0.5, B=0.9, C=0.9),
+            "The best accuracy on the validation texts is 0.9000 (B, C), the worst 0.5000 (A), a gap of 4 texts in 10.",
+        ),
+        (
+            judged("perplexity", A=7.0, B=8.0),
+            "The best perplexity on the validation texts is 7.00 (A), the worst 8.00 (B).",
+        ),
+        (
+            judged("perplexity", A=7.0, B=math.inf),
+            "The best perplexity on the validation texts is 7.00 (A), the worst inf (B).",
+        ),
+    ],
+)
+def test_outcome_names_the_best_and_the_worst(runs, sentence):
+    assert html_report.outcome(runs, 10) == sentence
+
+
+def test_title_names_few_optimizers_and_counts_many():
+    assert html_report.title(["A"]) == "Fine-tuning with A"
+    assert html_report.title(["A", "B", "C"]) == "A, B and C compared"
+    assert html_report.title(list("ABCDE")) == "5 optimizers compared"
+
+
+def test_comparison_with_other_seeds_is_a_table_below_the_results(tmp_path, monkeypatch):
+    rows = [("less AdamW", "here"), ("SAM, <i>accuracy</i>", "+0.01")]
+    monkeypatch.setattr(html_report, "other_seeds", lambda arguments, runs: rows)
+    page = Page(written(tmp_path, []).read_text(encoding="utf-8"))
+    assert [list(row) for row in rows] == page.rows[2:4]
+    assert "This seed and others" in page.text
+    monkeypatch.setattr(html_report, "other_seeds", lambda arguments, runs: [])
+    assert "This seed and others" not in Page(written(tmp_path, []).read_text(encoding="utf-8")).text
+
+
+def test_no_two_runs_are_drawn_alike():
+    styles = [line_style(number) for number in range(len(SAM_TYPES))]
+    colors = len(html_report._COLORS)
+    drawn = [(number % colors, style["linestyle"]) for number, style in enumerate(styles)]
+    assert len(set(drawn)) == len(drawn)
+    assert len({style["marker"] for style in styles}) == len(styles)
+
+
+def test_pictures_take_all_their_colours_from_the_page():
+    runs = [dataclasses.replace(RUN, name=str(number)) for number in range(10)]
+    pictures = html_report.draw_pictures(runs, {})
+    for picture in (pictures["losses"], pictures["evaluations"], *pictures["keys"]):
+        assert re.findall(r"#[0-9a-f]{6}\b", picture) == []
+    for number, picture in enumerate(pictures["keys"]):
+        assert f"stroke: var(--run-{number % 5})" in picture
+
+
+def test_ids_of_the_page_are_unique_and_all_references_are_to_them(tmp_path):
+    runs = [dataclasses.replace(RUN, name=str(number)) for number in range(3)]
+    sharpness = [probe.Sharpness(run.name, loss=1.0, landscape=FLAT) for run in runs]
+    text = written(tmp_path, sharpness, runs).read_text(encoding="utf-8")
+    ids = [attributes["id"] for _, attributes in Page(text).elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    references = re.findall(r'(?:href="#|url\(#|aria-labelledby=")([^")]+)', text)
+    assert set(references) - set(ids) == set()
+    assert references
+
+
+@pytest.mark.parametrize(("steps", "count"), [(40, 1), (50, 1), (51, 2), (1200, 24)])
+def test_long_curves_of_losses_are_means(steps, count):
+    from matplotlib.figure import Figure
+
+    run = dataclasses.replace(RUN, losses=[float(step) for step in range(1, steps + 1)])
+    assert steps_per_point([run]) == count
+    axes = Figure().subplots()
+    draw_losses([run], axes)
+    (line,) = axes.get_lines()
+    assert line.get_xdata() == pytest.approx(line.get_ydata())
+    assert len(line.get_xdata()) == math.ceil(steps / count)
 
 
 def test_command_of_the_page_is_the_one_that_was_typed(made):
@@ -168,9 +271,9 @@ def test_sharpness_is_that_of_the_weights_before_training_and_of_those_saved(mad
 
 def test_landscapes_are_of_the_runs_with_one_scale(made):
     labels = [attributes["aria-label"] for _, attributes in made.page.elements if attributes.get("role") == "img"]
-    assert len(labels) == 4
+    assert len(labels) == 6
     assert "AdamW" in labels[3]
-    assert "Fisher-SAM" in labels[3]
+    assert "Fisher-SAM" in labels[4]
     assert made.page.text.count("mean loss") == 1  # the label of the scale of colours
 
 
@@ -197,7 +300,7 @@ def test_table_of_a_mask_ends_with_the_share_of_all_layers(made, tiny_bert):
     both = [densities[f"bert.encoder.layer.{i}.{name}"] for i in (0, 1)]
     assert rows["all layers"][rows["layer"].index(name)] == f"{100 * sum(both) / 2:.3g}"
     share = sum(densities[name] * sizes[name] for name in sizes) / sum(sizes.values())
-    assert f"Perturbed by Fisher-SAM, last mask: {100 * share:.3g} % of all weights" in made.page.text
+    assert f"Perturbed by Fisher-SAM, last mask: {100 * share:.3g} % of all weights" in " ".join(made.page.text.split())
 
 
 def test_share_of_all_layers_counts_weights():
@@ -254,10 +357,11 @@ def test_missing_package_stops_before_training(options, tmp_path, monkeypatch, c
     assert not list(tmp_path.glob("out/*"))
 
 
-def written(tmp_path, sharpness):
+def written(tmp_path, sharpness, runs=(RUN,)):
     arguments = Arguments(sam_type=["none"], report=str(tmp_path))
-    task = types.SimpleNamespace(description="data", facts=lambda arguments: {"labels": "a, b"}, sizes={})
-    return html_report.write_report(arguments, [], task, [RUN], None, sharpness)
+    own = {"model": "a model", "labels": "a, b"}
+    task = types.SimpleNamespace(description="data", facts=lambda arguments: own, sizes={}, validation=["text"])
+    return html_report.write_report(arguments, [], task, list(runs), None, sharpness)
 
 
 def test_page_that_cannot_be_finished_leaves_the_one_before(tmp_path):
@@ -337,8 +441,71 @@ def test_browser_finds_no_fault_and_fits_the_page_into_its_window(browser, made,
     page.close()
 
 
+# Of each element with a text of its own, how its colour contrasts with the nearest background (WCAG 2).
+CONTRASTS = """() => {
+  const context = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true})
+  const pixel = color => {
+    context.clearRect(0, 0, 1, 1)
+    context.fillStyle = color
+    context.fillRect(0, 0, 1, 1)
+    return [...context.getImageData(0, 0, 1, 1).data]
+  }
+  const luminance = rgb => {
+    const [r, g, b] = rgb.map(x => x / 255).map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4)
+    return .2126 * r + .7152 * g + .0722 * b
+  }
+  const contrast = (...colors) => {
+    const [low, high] = colors.map(color => luminance(pixel(color))).sort((a, b) => a - b)
+    return (high + .05) / (low + .05)
+  }
+  const background = element => {
+    const own = getComputedStyle(element).backgroundColor
+    return pixel(own)[3] ? own : background(element.parentElement)
+  }
+  document.querySelectorAll('details').forEach(element => element.open = true)
+  const own = element => [...element.childNodes].some(node => node.nodeType == 3 && node.data.trim())
+  const seen = [...document.body.querySelectorAll('*')].filter(element => own(element) && element.checkVisibility())
+  const texts = seen.map(element => {
+    const style = getComputedStyle(element)
+    return [contrast(element.closest('svg') ? style.fill : style.color, background(element)), element.outerHTML]
+  })
+  const page = getComputedStyle(document.body)
+  const curves = [0, 1, 2, 3, 4].map(number => {
+    const color = getComputedStyle(document.documentElement).getPropertyValue(`--run-${number}`)
+    return [contrast(color, page.backgroundColor), color]
+  })
+  return [texts, curves]
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_and_curves_stand_out_from_the_page(browser, made, scheme):
+    page, _, _ = opened(browser, made.path, color_scheme=scheme)
+    texts, curves = page.evaluate(CONTRASTS)
+    page.close()
+    assert len(texts) > 100
+    assert [(found, what) for found, what in texts if found < 4.5] == []
+    assert [(found, what) for found, what in curves if found < 3] == []
+
+
+def test_what_is_folded_on_screen_is_open_in_print(browser, made):
+    page, _, _ = opened(browser, made.path)
+    options = page.get_by_text("--num_train_epochs")
+    assert not options.is_visible()
+    page.emulate_media(media="print")
+    assert options.is_visible()
+    page.close()
+
+
+def test_page_is_printed_on_white_for_a_reader_with_a_dark_theme(browser, made):
+    page, _, _ = opened(browser, made.path, color_scheme="dark")
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    page.close()
+
+
 def test_printed_page_is_as_wide_as_the_paper(browser, made):
-    a4 = 718  # pixels at 96 dpi, within margins of 1 cm
+    a4 = 680  # pixels at 96 dpi, within margins of 1.5 cm
     page, _, _ = opened(browser, made.path, viewport={"width": a4, "height": 1046})
     page.emulate_media(media="print")
     assert page.evaluate("document.documentElement.scrollWidth") <= a4

@@ -38,7 +38,7 @@ def test_texts_are_cut_to_max_seq_length(tiny_bert, reviews):
 
 @pytest.mark.parametrize("sam_type", ["fisher-sam", "momentum-sam"])
 def test_saved_model_has_normal_size_and_reloads_with_identical_logits(options, tiny_bert, tmp_path, sam_type):
-    arguments = parse(options)
+    arguments = parse([*options, "--sam_type", sam_type])
     tokenizer = models.load_tokenizer(tiny_bert)
     train, _ = command.read_data(arguments)
     features = models.encode(tokenizer, train, 32, ["neg", "pos"])

@@ -7,7 +7,7 @@ from fsam_triton import FSAM, AdamWL2SP, FisherMask, FishMask, Mixup, MomentumSA
 from fsam_triton.finetune.checks import check_arguments, check_mask, check_mixup
 from fsam_triton.finetune.errors import InputError
 from fsam_triton.finetune.optimizers import build_mixup, build_optimizer
-from fsam_triton.finetune.options import FISHER, MEANINGS, SAM_TYPES, TRAINABLE, Arguments
+from fsam_triton.finetune.options import FISHER, MEANINGS, RHO, SAM_TYPES, TRAINABLE, Arguments
 from fsam_triton.optim.recipes import SAM_TYPES as FSAM_CODES_TYPES
 
 EVERYTHING = {
@@ -97,23 +97,57 @@ def test_a_comparison_gives_each_type_the_options_it_has_a_use_for():
     check_arguments(arguments)
     expected = {"rho": 0.02, "alpha": 0.1, "ascent_fraction": 1.0, "backup_format": None}
     assert arguments.of(FSAM, "gsam") == expected
+    assert arguments.of(FSAM, "momentum-sam") == {"rho": 0.05, "backup_format": None}
     assert arguments.of(Schedule, "gsam").keys() == {"every", "last", "rho_warmup", "rho_follows", "rho_min"}
     assert arguments.of(Schedule, "momentum-sam").keys() == {"last", "rho_warmup", "rho_follows", "rho_min"}
 
 
 def test_options_that_are_not_given_take_their_defaults():
-    arguments = Arguments()
-    assert arguments.sam_type == ["none", "fisher-sam"]
+    arguments = Arguments(sam_type=["none", "fisher-sam"])
     for meaning in MEANINGS:
         assert getattr(arguments, meaning.option) == (0.1 if meaning.option == "keep_ratio" else meaning.default)
     check_arguments(arguments)
 
 
-@pytest.mark.parametrize("trainable", ["fish", "random", "bitfit"])
-def test_training_some_weights_compares_adamw_and_sam(trainable):
-    arguments = Arguments(trainable=trainable)
-    assert arguments.sam_type == ["none", "sam"]
+def test_default_comparison_has_a_one_pass_method_and_a_rho_that_is_found():
+    arguments = Arguments()
+    assert arguments.sam_type == ["none", "momentum-sam", "fisher-sam"]
+    assert [arguments.rho_of(sam_type) for sam_type in arguments.sam_type[1:]] == [0.05, "auto"]
     check_arguments(arguments)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rho": 0.1}, {"gradient_accumulation_steps": 2}, {"ascent_fraction": 0.5}, {"task": "causal-lm"}]
+)
+def test_default_comparison_searches_no_rho_that_is_given_or_cannot_be_searched(options):
+    arguments = Arguments(**options)
+    assert arguments.rho_of("fisher-sam") == options.get("rho", 0.02)
+    check_arguments(arguments)
+
+
+def test_packaged_texts_have_shorter_defaults_than_texts_of_ones_own():
+    packaged, own = Arguments(), Arguments(train_file="train.csv")
+    assert (packaged.max_seq_length, packaged.num_train_epochs, packaged.learning_rate) == (32, 2.0, 1e-4)
+    assert (own.max_seq_length, own.num_train_epochs, own.learning_rate) == (96, 4.0, 2e-4)
+    assert Arguments(learning_rate=1e-3).learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(("given", "folder"), [(None, "out"), ("page", "page"), ("none", None)])
+def test_report_goes_to_the_output_unless_another_folder_or_none_is_given(given, folder):
+    assert Arguments(output_dir="out", report=given).report_folder == folder
+
+
+@pytest.mark.parametrize("trainable", ["fish", "random", "bitfit"])
+def test_training_some_weights_compares_methods_without_a_fisher_mask(trainable):
+    arguments = Arguments(trainable=trainable)
+    assert arguments.sam_type == ["none", "momentum-sam", "sam"]
+    check_arguments(arguments)
+
+
+@pytest.mark.parametrize("sam_type", sorted(SAM_TYPES.keys() - {"none"}))
+def test_each_type_has_a_radius_of_its_own_scale(sam_type):
+    assert Arguments(sam_type=["none", sam_type]).rho_of(sam_type) == RHO.get(sam_type, 0.02)
+    assert Arguments(sam_type=[sam_type], rho=0.3).rho_of(sam_type) == 0.3
 
 
 @pytest.mark.parametrize(
@@ -159,7 +193,7 @@ def test_every_option_is_accepted_or_has_no_meaning(sam_type, trainable):
         ),
         (
             {"keep_ratio": 0.1, "trainable": "bitfit"},
-            "--keep_ratio has no meaning for --sam_type none sam --trainable bitfit, "
+            "--keep_ratio has no meaning for --sam_type none momentum-sam sam --trainable bitfit, "
             "only for fisher-sam, fisher-esam, fisher-gsam, fish, random",
         ),
         ({"num_fisher_samples": 0, "trainable": "fish"}, "Invalid --num_fisher_samples: 0; must be > 0"),

@@ -71,7 +71,7 @@ def test_help_fits_into_eighty_columns(help_text):
 
 def test_help_says_what_every_option_does_and_its_default(help_text):
     words = " ".join(help_text.split())
-    assert "--rho X|auto radius of the perturbation; auto: found before each run (default: 0.02)" in words
+    assert "--rho X|auto radius of the perturbation; auto: found before each run (default: 0.02; asam 0.1" in words
     assert "(default: 0.1 or 0.005)" in words
     assert "--l2_sp X decay of the pretrained parameters towards their initial values (default: 0.0)" in words
     assert "--bf16 torch.autocast in bfloat16 over fp32 weights --" in words

@@ -34,7 +34,13 @@ def test_curve_is_drawn_where_rho_was_searched(options):
 def test_rho_of_another_scale_is_not_searched(sam_type):
     message = f"--rho auto has no meaning for --sam_type {sam_type}, only for sam, gsam, fisher-sam, fisher-gsam"
     with pytest.raises(InputError, match=f"^{message}$"):
-        check_arguments(parse(["--sam_type", "sam", sam_type, "--rho", "auto"]))
+        check_arguments(parse(["--sam_type", sam_type, "--rho", "auto"]))
+
+
+def test_types_of_another_scale_keep_their_own_rho_in_a_comparison():
+    arguments = parse(["--sam_type", "sam", "asam", "momentum-sam", "--rho", "auto"])
+    check_arguments(arguments)
+    assert [arguments.rho_of(sam_type) for sam_type in arguments.sam_type] == ["auto", 0.1, 0.05]
 
 
 @pytest.mark.parametrize(

@@ -74,13 +74,14 @@ def test_sharpness_aware_steps_keep_to_the_end_of_the_run_that_sam_last_says(opt
 
 
 def test_compared_runs_start_from_the_same_head_and_batch(options):
-    adamw, fsam = trained(options)
+    adamw, fsam = trained(options, "--sam_type", "none", "fisher-sam")
     assert adamw.losses[0] == fsam.losses[0]
     assert adamw.losses[1:] != fsam.losses[1:]
 
 
 def test_without_perturbation_fsam_sees_the_same_batches_as_adamw(options):
-    adamw, fsam = trained(options, "--rho", "0")
+    adamw, momentum, fsam = trained(options, "--rho", "0")
+    assert adamw.losses == momentum.losses
     assert adamw.losses == fsam.losses
 
 
@@ -221,5 +222,6 @@ def test_progress_says_what_is_being_waited_for(options, capsys):
     trained(options, "--sam_type", "none")
     shown = capsys.readouterr().err
     assert "first step: compiling" in shown
-    assert "4/4" in shown.rpartition("evaluating")[0]
-    assert "accuracy=" in shown.rpartition("evaluating")[2]
+    assert "AdamW: evaluating: " in shown.partition("4/4")[2]
+    assert "accuracy=" in shown.rpartition("AdamW: evaluating: ")[2]
+    assert "AdamW: evaluating with 4-bit weights: " in shown.rpartition("accuracy=")[2]
