@@ -1,6 +1,7 @@
 """Measure what sharpness-aware training is good for: forgetting, rounding of weights, wrong labels.
 
     OMP_NUM_THREADS=1 python -m bench.experiments --texts movie_reviews.tsv bbc --forgetting bbc movie_reviews.tsv
+    OMP_NUM_THREADS=1 python -m bench.experiments --lora movie_reviews.tsv bbc --methods AdamW BAR
     python -m bench.experiments --report                      # prints the tables of the file of results, trains nothing
     python -m bench.experiments --page docs/evidence.md       # puts them into the page
 

@@ -20,24 +20,24 @@ class Method:
     Args:
         optimizer: its class.
         tuned: name of the argument that is tuned besides the learning rate, or None.
-        found: `find_rho` finds its value before each run, on training texts, so that it is not tuned.
         start: where the search for its value begins.
         factor: of neighbouring values in that search.
         epochs: factor on the epochs.
         decay: of the learning rate: `"linear"`, `"wsd"` or `"none"`, see `training.rate`.
         rival: the method of about the same price that it is compared with besides AdamW, or None.
+        found: before each run `find_rho` finds the value of the tuned argument, which is then not searched for.
         noise: `FlatLoRA`, whose sigma is tuned then instead of an argument of the optimizer, or None.
         options: other arguments of the optimizer.
     """
 
     optimizer: Callable[..., torch.optim.Optimizer]
     tuned: str | None = None
-    found: bool = False
     start: float = 0.0
     factor: float = 2.0
     epochs: int = 1
     decay: str = "linear"
     rival: str | None = None
+    found: bool = False
     noise: Callable[..., FlatLoRA] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -8,12 +8,13 @@ import pytest
 import scipy.stats
 import torch
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
 
 from bench.experiments import __main__ as command
 from bench.experiments import choices, tables
-from bench.experiments.choices import CHOICE_SEEDS, CLASSIFICATION, SEEDS, Block
-from bench.experiments.methods import ADAMW, METHODS, STABLE, TWICE
+from bench.experiments.choices import CHOICE_SEEDS, CLASSIFICATION, LORA, SEEDS, Block
+from bench.experiments.methods import ADAMW, METHODS, ON_ADAPTERS, ON_ALL_WEIGHTS, STABLE, TWICE
 from bench.experiments.training import train
 from bench.generalisation import put_into
 from bench.records import recorded
@@ -40,6 +41,7 @@ def test_line_search_finds_the_best_power_within_its_reach(best, found):
 def made_up(setting, accuracy=0.8, **figures):
     """The record of a run."""
     keys = {f"{key}_{bits}": 0.7 for key in ("accuracy", "loss") for bits in (8, 4, 3)}
+    keys["rho"] = 0.01 + 0.001 * setting.seed if METHODS[setting.method].found else None
     return asdict(setting) | keys | {"loss": 0.5, "seconds": 10.0, "accuracy": accuracy} | figures
 
 
@@ -72,10 +74,22 @@ def test_choices_are_made_on_validation_texts_with_seeds_that_do_not_judge():
 def test_runs_of_the_first_seed_come_first_and_those_of_a_block_together():
     blocks = [BLOCK, replace(BLOCK, noise=0.2)]
     made = list(choices.runs(blocks, SEEDS[:2], made_up))
-    expected = [(seed, block.noise, method) for seed in SEEDS[:2] for block in blocks for method in METHODS]
+    expected = [(seed, block.noise, method) for seed in SEEDS[:2] for block in blocks for method in ON_ALL_WEIGHTS]
     assert [(one["seed"], one["noise"], one["method"]) for one in made] == expected
     assert all(one["epochs"] == (6 if one["method"] == TWICE else 3) for one in made)
     assert {Block.of(one) for one in made} == set(blocks)
+
+
+def test_rho_that_is_found_is_not_searched_for():
+    asked = []
+
+    def look_up(one):
+        asked.append(one)
+        return made_up(one)
+
+    assert choices.choose(BLOCK, "SAM, find_rho", look_up) == (1e-4, 0.0)
+    assert {one.strength for one in asked} == {0.0}
+    assert {one.learning_rate for one in asked} == {5e-5, 1e-4, 2e-4}
 
 
 def test_equal_accuracies_are_told_apart_by_the_loss():
@@ -102,13 +116,22 @@ def test_killed_experiment_loses_only_the_run_that_was_under_way(tmp_path):
         file.write(b'{"half a li')
     command.experiment(path, [{BLOCK: run}], SEEDS[:1])
     assert len(made) == len(set(made)) == len(recorded(path))
-    assert sum(one.judged_on == "test" for one in made) == len(METHODS)
+    assert sum(one.judged_on == "test" for one in made) == len(ON_ALL_WEIGHTS)
+
+
+def test_only_the_methods_asked_for_are_run(tmp_path):
+    made = []
+    command.experiment(
+        tmp_path / "runs.jsonl", [{BLOCK: lambda one: made.append(one) or made_up(one)}], SEEDS[:2], ["SAM"]
+    )
+    assert {one.method for one in made} == {"SAM"}
+    assert {one.seed for one in made if one.judged_on == "test"} == set(SEEDS[:2])
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def finished(seeds=SEEDS, methods=METHODS):
+def finished(seeds=SEEDS, methods=METHODS, block=BLOCK):
     """Records of all runs, SAM 1 point above AdamW or a little more or less, and twice as long."""
     records = []
 
@@ -120,7 +143,7 @@ def finished(seeds=SEEDS, methods=METHODS):
         records.append(made_up(one, accuracy, seconds=20.0 if sharp else 10.0))
         return records[-1]
 
-    for _ in choices.runs([BLOCK], seeds, look_up):
+    for _ in choices.runs([block], seeds, look_up):
         pass
     return [one for i, one in enumerate(records) if one not in records[:i]]
 
@@ -132,15 +155,30 @@ def test_table_gives_means_intervals_and_adjusted_tests():
     line = next(line for line in text.splitlines() if line.startswith("SAM  "))
     interval = scipy.stats.ttest_1samp([1.1, 1.0] * 5, 0).confidence_interval(0.95)
     cell = f"+1.05 [{interval.low:+.2f}, {interval.high:+.2f}]*"
-    # Of ten pairs the least p is 2**-9, and SAM's two comparisons are the smallest of twelve.
-    flips = f"{12 * 2**-9:.3f}"
+    # Of ten pairs the least p is 2**-9, and SAM's three comparisons are the smallest of fourteen.
+    flips = f"{14 * 2**-9:.3f}"
     assert line.split() == ["SAM", "10", "81.05", *cell.split(), "0.000", flips, *cell.split(), "0.000", flips]
 
 
 def test_comparisons_of_one_table_are_one_family():
-    pairs = [(m, r) for m, own in METHODS.items() if m != ADAMW for r in (ADAMW, own.rival) if r]
-    assert len(pairs) == 12
+    pairs = [(m, r) for m in ON_ALL_WEIGHTS if m != ADAMW for r in (ADAMW, METHODS[m].rival) if r]
+    assert len(pairs) == 14
     assert ("tail-SAM, WSD", STABLE) in pairs
+
+
+def test_rho_that_was_found_is_shown_as_the_mean_over_the_seeds():
+    (line,) = [line for line in tables.report(finished()).splitlines() if "tried" in line and "find_rho" in line]
+    # 0.011 to 0.020.
+    assert line.split() == ["SAM,", "find_rho", "lr", "0.0001", "rho", "0.0155", "of", "3", "tried", "1.00x"]
+
+
+def test_block_of_adapters_shows_its_own_methods_alone():
+    text = tables.report(finished(block=replace(BLOCK, experiment=LORA)))
+    assert "LoRA adapters" in text.splitlines()[0]
+    assert "INCOMPLETE" not in text
+    shown = {line[:17].strip() for line in text.splitlines() if line[17:19] == "10"}
+    assert shown == set(ON_ADAPTERS)
+    assert "test accuracy with 4-bit weights, %" in text
 
 
 def test_unfinished_block_says_how_many_seeds_it_has():
@@ -237,6 +275,44 @@ def test_runs_of_one_seed_share_the_head_and_the_texts_and_are_judged_after_roun
     # 8 bits move logits little, 3 bits a lot.
     for one in records:
         assert 0 < abs(one["loss_8"] - one["loss"]) < abs(one["loss_3"] - one["loss"])
+
+
+def test_adapters_and_a_new_head_alone_are_trained_and_are_merged_before_rounding(file_of_texts, my_model, monkeypatch):
+    from bench.experiments import classification
+
+    trained, merged = set(), []
+
+    def note(model, *rest):
+        trained.update(name for name, p in model.named_parameters() if p.requires_grad)
+        return train(model, *rest)
+
+    def note_merged(model, bits):
+        merged.append({name: p.clone() for name, p in model.named_parameters()})
+        return classification_rounds(model, bits)
+
+    classification_rounds = classification.rounded_weights
+    monkeypatch.setattr(classification, "train", note)
+    monkeypatch.setattr(classification, "rounded_weights", note_merged)
+    ((block, run),) = command.lora(str(file_of_texts), my_model).items()
+    run(replace(block, epochs=1).setting("BAR", 1e-2, 1.0, 1, "test"))
+    assert all("lora_" in name or "classifier" in name for name in trained)
+    transformers.set_seed(1)
+    model, _ = classification.load_model(my_model, ["bad", "good"])
+    before = dict(model.named_parameters())
+    assert merged[0].keys() == before.keys()
+    linear = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert {name for name, p in merged[0].items() if not p.equal(before[name])} == linear | {"classifier.bias"}
+
+
+@pytest.mark.parametrize("method", ["BAR", "Flat-LoRA"])
+def test_method_on_adapters_is_adamw_with_strength_0_and_not_otherwise(method, file_of_texts, my_model):
+    ((block, run),) = command.lora(str(file_of_texts), my_model).items()
+    settings = [
+        block.setting(m, 1e-2, strength, 1, "validation") for m, strength in ((ADAMW, 0), (method, 0), (method, 1))
+    ]
+    adamw, without, with_strength = (run(setting)["loss"] for setting in settings)
+    assert adamw == without
+    assert adamw != with_strength
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What bench/experiments is made of is right: its statistics, its wrong labels, its steps."""
 
+import functools
 import itertools
 from collections import Counter
 
@@ -11,11 +12,13 @@ import torch
 from tests.analysis.cases import TiedHead
 
 pytest.importorskip("transformers")
+pytest.importorskip("peft")
 
 from bench.experiments import comparisons
 from bench.experiments.classification import with_wrong_labels
-from bench.experiments.methods import METHODS
+from bench.experiments.methods import METHODS, ON_ALL_WEIGHTS
 from bench.experiments.training import epochs, rate, train
+from fsam_triton.analysis import find_rho
 
 NORMAL = np.random.default_rng(0).normal(0.3, 1.0, size=(2, 8))
 
@@ -107,20 +110,35 @@ def test_learning_rate_rises_in_a_tenth_and_falls_from_where_it_should(decay, fa
     assert all(a > b > 0 for a, b in itertools.pairwise(rates[falls_from:]))
 
 
-@pytest.mark.parametrize("method", METHODS)
+def cross_entropy(model, numbers):
+    return torch.nn.functional.cross_entropy(model(numbers), numbers)
+
+
+@pytest.mark.parametrize("method", ON_ALL_WEIGHTS)
 def test_each_method_trains_with_the_passes_of_its_price(method):
     model, numbers = TiedHead(), torch.arange(6)
     own = METHODS[method]
-
-    def loss(batch):
-        return torch.nn.functional.cross_entropy(model(batch), batch)
-
+    loss = functools.partial(cross_entropy, model)
     before = loss(numbers).item()
     cost = train(model, own, [numbers] * 20, loss, 1e-2, own.start, seed=0)
-    sharp = {"SAM": 20, "FSAM, 0.1": 20, "FriendlySAM": 20, "tail-SAM, WSD": 6}
+    sharp = {"SAM": 20, "SAM, find_rho": 20, "FSAM, 0.1": 20, "FriendlySAM": 20, "tail-SAM, WSD": 6}
     assert (cost.steps, cost.passes) == (20, 20 + sharp.get(method, 0))
     assert loss(numbers).item() < before / 2
     assert not model.training
+
+
+def test_sam_with_find_rho_is_sam_with_the_rho_that_find_rho_suggests_on_the_first_batches():
+    batches, trained = [torch.tensor([i % 6, 2 * i % 6, 3]) for i in range(8)], []
+    for method in ("SAM, find_rho", "SAM"):
+        model = TiedHead()
+        search = find_rho(model, cross_entropy, batches[:2])
+        assert 0 < search.rho < search.rhos[-1]
+        found = METHODS[method].found
+        loss = functools.partial(cross_entropy, model)
+        cost = train(model, METHODS[method], batches, loss, 1e-2, 0.0 if found else search.rho, seed=0)
+        assert cost.rho == (search.rho if found else None)
+        trained.append(list(model.parameters()))
+    assert all(a.equal(b) for a, b in zip(*trained, strict=True))
 
 
 def test_l2_sp_does_not_pull_a_new_head():
