@@ -75,8 +75,8 @@ HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
 GPU_TESTS = ("tests/optim/test_gpu.py", "tests/batches/test_samples.py")
 
 
-def machine(device: str) -> Part:
-    """The part whose figures describe the machine. This process itself must not occupy the GPU."""
+def description(device: str) -> Part:
+    """The part whose figures describe the machine; this process itself does not occupy the GPU."""
     return Part("Machine", (*PYTHON, "bench.on_gpu", "--machine", FILE), 2, env=HIDDEN if device == "cpu" else {})
 
 
@@ -95,8 +95,8 @@ def parts(small: bool, device: str) -> list[Part]:
         return (*PYTHON, f"bench.{module}", "--device", device, *words, *(when_small.split() if small else ()))
 
     return [
-        Part("GPU tests", (*pytest, "-k", "not graph and not replay"), 5, test_counts, hidden),
-        Part("CUDA graphs: tests", (*pytest, "-k", "graph or replay"), 3, test_counts, hidden),
+        Part("GPU tests", (*pytest, "-k", "not graph and not replay"), 5, counts_of, hidden),
+        Part("CUDA graphs: tests", (*pytest, "-k", "graph or replay"), 3, counts_of, hidden),
         Part(
             "Every pass once",
             (*memcheck, *bench("every_pass", "--dtypes", "bf16", *(() if small else ("fp32",)))),
@@ -129,7 +129,7 @@ def parts(small: bool, device: str) -> list[Part]:
     ]
 
 
-def test_counts(path: Path) -> Figures:
+def counts_of(path: Path) -> Figures:
     """How many tests passed, failed and were skipped, and the names of the failed ones, of JUnit's XML."""
     counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "names": []}
     for case in ElementTree.parse(path).iter("testcase"):
@@ -202,7 +202,7 @@ def run(part: Part) -> dict[str, Any]:
             if code == 0:
                 result["status"] = "failed"
         counts = result["figures"]
-        if part.read is test_counts and code in (0, 5) and not (counts and counts["passed"]):
+        if part.read is counts_of and code in (0, 5) and not (counts and counts["passed"]):
             result["status"] = "nothing ran"
         if result["status"] not in ("passed", "nothing ran"):
             result["output"] = last_lines(log.read_text(encoding="utf-8", errors="replace"), folder)
@@ -227,7 +227,8 @@ def finish(command: Sequence[str], env: dict[str, str], output: Any, seconds: fl
 def last_lines(text: str, folder: str) -> list[str]:
     """The end of an output, without names of this machine's folders."""
     for path, name in ((folder, "..."), (str(ROOT), "."), (sys.prefix, "<python>"), (str(Path.home()), "~")):
-        text = text.replace(path, name)
+        # A container's home may be the root folder.
+        text = text.replace(path, name) if path != "/" else text
     return text.splitlines()[-LINES:]
 
 
@@ -349,7 +350,7 @@ def main() -> None:
         write(json.loads(args.page.read_text(encoding="utf-8")), args.page)
         return
     small, device = args.small or args.dry_run, "cpu" if args.dry_run else "cuda"
-    described = run(machine(device))
+    described = run(description(device))
     about = described["figures"]
     if about is None:
         sys.exit("\n".join(["This machine cannot be described:", *described["output"]]))

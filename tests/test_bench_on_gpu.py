@@ -15,12 +15,10 @@ from tests.test_fidelity import load_bench
 load_bench()
 
 from bench import every_pass, on_gpu  # noqa: E402
-from bench.on_gpu import FILE, Part, last_lines, name_of, parts, render, run, run_all, test_counts, write  # noqa: E402
+from bench.on_gpu import FILE, Part, counts_of, last_lines, name_of, parts, render, run, run_all, write  # noqa: E402
 
 # Where functions of `reference` are defined.
 ARITHMETIC = (reference.__name__, formulas.__name__)
-# It is no test.
-test_counts.__test__ = False
 MACHINE = {"device": "GPU 9000", "cpu": "A CPU", "torch": "2.13.0", "driver": None}
 # Without imports: a process of these takes milliseconds.
 PYTHON = (sys.executable, "-S", "-c")
@@ -88,12 +86,12 @@ def test_files_are_written_after_each_part(tmp_path):
 
 def test_counts_of_tests_are_those_of_the_report(tmp_path):
     (tmp_path / "report").write_text(XML, encoding="utf-8")
-    assert test_counts(tmp_path / "report") == {"passed": 1, "failed": 2, "skipped": 1, "names": ["b", "d"]}
+    assert counts_of(tmp_path / "report") == {"passed": 1, "failed": 2, "skipped": 1, "names": ["b", "d"]}
 
 
 def test_tests_that_are_all_skipped_have_not_passed():
     script = f"import sys; open(sys.argv[1], 'w').write({SKIPPED!r})"
-    assert run(Part("tests", (*PYTHON, script, FILE), 1, test_counts))["status"] == "nothing ran"
+    assert run(Part("tests", (*PYTHON, script, FILE), 1, counts_of))["status"] == "nothing ran"
 
 
 def test_output_names_no_folder_of_the_machine(tmp_path):
@@ -169,7 +167,7 @@ def test_passes_run_under_compute_sanitizer_where_it_is(monkeypatch):
 
 def test_no_part_of_a_dry_run_sees_a_gpu():
     script = "import json, os, sys; json.dump(os.environ['CUDA_VISIBLE_DEVICES'], open(sys.argv[1], 'w'))"
-    for part in [on_gpu.machine("cpu"), *parts(True, "cpu")]:
+    for part in [on_gpu.description("cpu"), *parts(True, "cpu")]:
         if "pytest" in part.command or part.title in ("Machine", "Kernels"):
             assert run(replace(part, command=(*PYTHON, script, FILE), read=Part.read))["figures"] == ""
         else:
