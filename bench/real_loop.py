@@ -1,6 +1,6 @@
 """Print the time and memory that optimizers add to the passes over a model in a real loop, with autograd's gradients.
 
-    python -m bench.real_loop [--models MiniLM BERT-base] [--rounds 7] [--write bench/results/real_loop_cpu.json]
+    python -m bench.real_loop [--device cpu] [--models MiniLM BERT-base] [--write bench/results/real_loop_cpu.json]
     python -m bench.real_loop --page README.md docs/performance.md
 
 In each round, the loops take turns: each takes one step on a small batch over the same model, and so do the passes
@@ -16,7 +16,6 @@ import argparse
 import gc
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from transformers import AutoModel, BertConfig, BertModel, LlamaConfig, LlamaMod
 
 from fsam_triton import FSAM, AdamWL2SP, MomentumSAM
 
+from .bandwidth import wall_seconds
 from .baselines import LR, RHO, EagerSAM, MasterAdamW
 from .conftest import processor
 from .memory import Memory, build_and_measure
@@ -142,14 +142,12 @@ def measure(model: nn.Module, loops: dict[str, Loop], tokens: Tensor, rounds: in
     """Seconds that each loop adds to the passes, the median over the rounds."""
     for _ in range(2):
         for loop in loops.values():
-            loop.step(tokens)
+            wall_seconds(lambda loop=loop: loop.step(tokens), tokens.device.type)
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     names = list(loops)
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            loops[name].step(tokens)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(wall_seconds(lambda name=name: loops[name].step(tokens), tokens.device.type))
         gc.collect()
     passes = {1: seconds["one pass"], 2: seconds["two passes"]}
     return {
@@ -163,26 +161,28 @@ def in_place(model: nn.Module, precision: Precision, rounds: int) -> float:
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = FSAM(params, lr=LR, rho=RHO, **precision.options, **precision.backup_options)
     grads = [torch.full_like(p, 1e-3) for p in params]
-    seconds = []
-    for _ in range(rounds + 2):
-        start = time.perf_counter()
+
+    def step() -> None:
         for half in (optimizer.perturb, optimizer.step):
             for p, grad in zip(params, grads, strict=True):
                 p.grad = grad
             half()
-        seconds.append(time.perf_counter() - start)
+
+    seconds = [wall_seconds(step, params[0].device.type) for _ in range(rounds + 2)]
     model.zero_grad()
     return statistics.median(seconds[2:])
 
 
-def memory(make: Callable[[], nn.Module], precision: Precision, name: str, batch: tuple[int, int]) -> Memory:
+def memory(
+    make: Callable[[], nn.Module], precision: Precision, name: str, batch: tuple[int, int], device: str
+) -> Memory:
     """Of one loop over a model of its own."""
 
     def build() -> Step:
         torch.manual_seed(0)
-        model = make().to(precision.dtype).train()
+        model = make().to(device, precision.dtype).train()
         loop = LOOPS[name](model, precision)
-        tokens = torch.randint(0, 3000, batch)
+        tokens = torch.randint(0, 3000, batch, device=device)
 
         def step() -> None:
             loop.step(tokens)
@@ -190,7 +190,7 @@ def memory(make: Callable[[], nn.Module], precision: Precision, name: str, batch
 
         return step
 
-    return build_and_measure(build)[1]
+    return build_and_measure(build, device)[1]
 
 
 def lines_of(results: list[dict]) -> list[str]:
@@ -247,6 +247,7 @@ def render(page: str, results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--precisions", nargs="+", default=[precision.name for precision in ALL])
     parser.add_argument("--rounds", type=int, default=7)
@@ -266,10 +267,10 @@ def main() -> None:
             if precision.name not in args.precisions:
                 continue
             torch.manual_seed(0)
-            model = make().to(precision.dtype).train()
+            model = make().to(args.device, precision.dtype).train()
             weights = sum(p.numel() for p in model.parameters())
             loops = {loop: LOOPS[loop](model, precision) for loop in names_of(precision)}
-            costs = measure(model, loops, torch.randint(0, 3000, (1, TOKENS)), args.rounds)
+            costs = measure(model, loops, torch.randint(0, 3000, (1, TOKENS), device=args.device), args.rounds)
             del loops
             costs["FSAM, gradients in place"] = in_place(model, precision, args.rounds)
             del model
@@ -277,7 +278,7 @@ def main() -> None:
             held = {}
             if name == "BERT-base" and all(args.memory_batch):
                 for loop in names_of(precision):
-                    found = memory(make, precision, loop, tuple(args.memory_batch))
+                    found = memory(make, precision, loop, tuple(args.memory_batch), args.device)
                     held[loop] = (found.held, found.peak)
                     gc.collect()
             results.append(
@@ -286,6 +287,8 @@ def main() -> None:
             print("\n".join(lines_of(results[-1:])), flush=True)
     if args.write:
         machine = {"cpu": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        if args.device == "cuda":
+            machine["cuda"] = torch.cuda.get_device_name()
         text = json.dumps({"machine": machine, "results": results}, indent=1)
         args.write.write_text(text + "\n", encoding="utf-8")
 

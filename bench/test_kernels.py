@@ -95,7 +95,11 @@ def precision(request):
 
 @pytest.fixture(scope="module")
 def tensors(device, precision, tiny):
-    n = 1 << 12 if tiny else ELEMENTS
+    return make_tensors(device, precision, 1 << 12 if tiny else ELEMENTS)
+
+
+def make_tensors(device: str, precision: Precision, n: int) -> SimpleNamespace:
+    """What the passes take, n weights as one tensor."""
     plan = Plan([n], torch.device(device))
     weight, grad, other, anchor = (torch.randn(n, device=device).mul_(0.01).to(precision.dtype) for _ in range(4))
     backup, steps, scales = weight.clone(), None, ()

@@ -8,8 +8,10 @@ import pytest
 import scipy.stats
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("peft")
+
+import transformers
 
 from bench.experiments import __main__ as command
 from bench.experiments import choices, tables
