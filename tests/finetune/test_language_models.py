@@ -14,6 +14,7 @@ pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
 
 from fsam_triton import FSAM, AdamWL2SP, MomentumSAM, finetune  # noqa: E402
+from fsam_triton.analysis import rounded_weights  # noqa: E402
 from fsam_triton.finetune import language_models, sft  # noqa: E402
 from fsam_triton.finetune.options import SAM_TYPES  # noqa: E402
 from fsam_triton.finetune.parser import parse  # noqa: E402
@@ -60,9 +61,12 @@ def test_perplexity_is_that_of_the_mean_over_all_tokens_of_the_saved_model(lm_op
     saved = results(tmp_path)["runs"][0]
     assert (saved["eval_perplexity"], saved["eval_loss"]) == run.evaluations[-1][1:]
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1].split() == ["optimizer", "perplexity", "loss", "s/step", "peak", "MiB"]
+    assert printed[1].split() == ["optimizer", "perplexity", "loss", "4-bit", "perplexity", "s/step", "peak", "MiB"]
     assert printed[2].split()[:3] == ["SAM", f"{math.exp(mean):.2f}", f"{mean:.4f}"]
-    assert printed[3].startswith("perplexity and loss on the validation texts; ")
+    assert printed[3].startswith("perplexity and loss: on the validation texts; 4-bit: ")
+    with rounded_weights(model, 4):
+        losses = [token_losses(model, tokenizer, text) for text in read(sentences)]
+    assert run.rounded[1] == pytest.approx(statistics.fmean(loss for some in losses for loss in some), rel=1e-5)
 
 
 def test_loss_of_a_step_is_the_mean_over_its_tokens_at_the_clean_weights(lm_options, tiny_gpt, sentences):
@@ -260,16 +264,17 @@ def test_without_model_and_texts_a_gpt_is_trained_from_scratch_on_the_packaged_n
     monkeypatch.setattr(language_models, "ARTICLES", {"train_per_label": 2, "validation_per_label": 1})
     monkeypatch.setattr(language_models, "VOCABULARY", 300)
     out = tmp_path / "out"
-    assert finetune.main(["--task", "causal-lm", "--max_steps", "2", "--use_cpu", "--output_dir", str(out)]) == 0
+    words = ["--task", "causal-lm", "--max_steps", "2", "--use_cpu", "--output_dir", str(out), "--report", "none"]
+    assert finetune.main(words) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[:3] == [
         "BBC news: 10 training and 5 validation texts",
         "no --model_name_or_path: a GPT of 0.8 million weights is trained from scratch",
         "texts are cut to 128 tokens: model and tokenizer take no more",
     ]
-    assert [line.split()[0] for line in printed[3:6]] == ["optimizer", "AdamW", "Fisher-SAM"]
-    adamw, fsam = results(tmp_path)["runs"]
-    assert adamw["losses"][0] == fsam["losses"][0]
+    assert [line.split()[0] for line in printed[3:7]] == ["optimizer", "AdamW", "MomentumSAM", "Fisher-SAM"]
+    adamw, momentum, fsam = results(tmp_path)["runs"]
+    assert adamw["losses"][0] == momentum["losses"][0] == fsam["losses"][0]
     # Before training, all tokens are about equally likely.
     assert adamw["losses"][0] == pytest.approx(math.log(300), rel=0.05)
     model = transformers.AutoModelForCausalLM.from_pretrained(out / "fisher-sam")
