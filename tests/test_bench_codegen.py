@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from fsam_triton import FSAM, AdamWL2SP, FisherMask, MomentumSAM, Schedule, ops
-from fsam_triton.kernels import descend, gap, norm, perturb, reference, topk_mask
+from fsam_triton.kernels import reference
 from tests.test_fidelity import load_bench
 
+pytest.importorskip("triton")
 load_bench()
 
 from bench import codegen  # noqa: E402
 from bench.kernel_builds import DTYPES as TYPES  # noqa: E402
 from bench.kernel_builds import PRECISIONS, Build, configurations, is_over_segments, steps  # noqa: E402
 from bench.machine_code import Resources, resident_warps  # noqa: E402
+from fsam_triton.kernels import descend, gap, norm, perturb, topk_mask  # noqa: E402
 
 PAGE = Path(__file__).parent.parent / "docs" / "machine_code.md"
 DTYPES = {dtype: name for name, dtype in TYPES.items()}

@@ -12,6 +12,7 @@ import pytest
 
 from tests.test_fidelity import load_bench
 
+pytest.importorskip("triton")
 load_bench()
 
 from bench import codegen  # noqa: E402

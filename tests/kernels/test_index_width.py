@@ -3,12 +3,14 @@
 import re
 
 import pytest
-from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import ir, make_backend
 
 from tests.test_fidelity import load_bench
 
+pytest.importorskip("triton")
 load_bench()
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler.compiler import ir, make_backend  # noqa: E402
 
 from bench import kernel_builds as kb  # noqa: E402
 
