@@ -1,4 +1,4 @@
-"""What is in the wheel, and that the folder kernels/ is nobody's top-level module."""
+"""What is in the wheel and the sdist, and that the folder kernels/ is nobody's top-level module."""
 
 import configparser
 import email
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -18,18 +19,50 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 
+# What an earlier build, an editable install or a run of the tests has left must get in nowhere.
+LEFTOVERS = shutil.ignore_patterns(
+    *(
+        ".git",
+        ".venv",
+        ".*_cache",
+        ".benchmarks",
+        ".hypothesis",
+        "build",
+        "dist",
+        "*.egg-info",
+        "__pycache__",
+        "runs",
+        "site",
+    )
+)
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> zipfile.ZipFile:
+def source(tmp_path_factory) -> Path:
+    return shutil.copytree(ROOT, tmp_path_factory.mktemp("package") / "source", ignore=LEFTOVERS)
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> zipfile.ZipFile:
     """The wheel of a copy of the sources, built without network."""
     folder = tmp_path_factory.mktemp("wheel")
-    # Nothing that an earlier build or an editable install left must get in.
-    leftovers = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "runs")
-    shutil.copytree(ROOT, folder / "source", ignore=leftovers)
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index"]
-    run = subprocess.run([*command, "-w", folder], cwd=folder / "source", capture_output=True, text=True)
+    run = subprocess.run([*command, "-w", folder], cwd=source, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     (path,) = folder.glob("*.whl")
     return zipfile.ZipFile(path)
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory) -> set[str]:
+    """The names of the files in the sdist of a copy of the sources, below its top folder."""
+    folder = tmp_path_factory.mktemp("sdist")
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    run = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (path,) = folder.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        return {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
 
 
 def in_metadata(wheel: zipfile.ZipFile, name: str) -> str:
@@ -46,6 +79,17 @@ def test_wheel_has_every_module_and_header_of_every_package(wheel):
         for path in root.rglob(pattern)
     }
     assert {name for name in wheel.namelist() if name.endswith((".py", ".h"))} == expected
+
+
+@pytest.mark.parametrize("folder", [".ci", ".github", "bench", "docs", "fsam_triton", "kernels", "tests"])
+def test_sdist_has_the_whole_folder(folder, source, sdist):
+    assert {str(path.relative_to(source)) for path in (source / folder).rglob("*") if path.is_file()} <= sdist
+
+
+def test_sdist_has_what_tests_and_checks_need_beside_the_folders(sdist):
+    pages = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md"}
+    settings = {".gitignore", ".pre-commit-config.yaml", "CITATION.cff", "MANIFEST.in", "mkdocs.yml", "pyproject.toml"}
+    assert pages | settings <= sdist
 
 
 def test_wheel_has_one_top_level_package(wheel):

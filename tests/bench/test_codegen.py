@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from fsam_triton import FSAM, AdamWL2SP, FisherMask, MomentumSAM, Schedule, ops
+from fsam_triton.kernels import reference
+
+pytest.importorskip("triton")
+
 from bench import codegen
 from bench.kernel_builds import DTYPES as TYPES
 from bench.kernel_builds import PRECISIONS, Build, configurations, is_over_segments, steps
 from bench.machine_code import Resources, resident_warps
-from fsam_triton import FSAM, AdamWL2SP, FisherMask, MomentumSAM, Schedule, ops
-from fsam_triton.kernels import descend, gap, norm, perturb, reference, topk_mask
+from fsam_triton.kernels import descend, gap, norm, perturb, topk_mask
 
 PAGE = Path(__file__).parents[2] / "docs" / "machine_code.md"
 DTYPES = {dtype: name for name, dtype in TYPES.items()}

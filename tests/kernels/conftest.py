@@ -18,6 +18,7 @@ def interpret(pytestconfig) -> Callable:
     Triton decides at import whether its own library is compiled or interpreted, hence the second process. Tensors are
     shared with it, so what the launcher writes in place is seen here.
     """
+    pytest.importorskip("triton")
     with ProcessPoolExecutor(1, mp_context=torch.multiprocessing.get_context("spawn")) as executor:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")

@@ -10,6 +10,8 @@ from collections import Counter
 
 import pytest
 
+pytest.importorskip("triton")
+
 from bench import codegen
 from bench import kernel_builds as kb
 from bench.machine_code import (

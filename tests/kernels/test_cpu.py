@@ -189,7 +189,7 @@ def instances(dtype: str):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("g++" not in build.compiler()[0], reason="g++ says what it has vectorised")
+@pytest.mark.skipif(not build.available() or "g++" not in build.compiler()[0], reason="g++ says what it has vectorised")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_loops_are_vectorized(dtype, monkeypatch, tmp_path):
     """A loop that is not takes ten times as long as the memory."""

@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from fsam_triton.kernels import reference
+from tests.kernels.cases import FLOATS, ordinary, pairwise
+
+pytest.importorskip("fsam_triton.kernels.fisher")
+
 from bench.kernel_builds import FISHER, fisher_build
 from bench.machine_code import NVIDIA, accesses, assembly, resources
 from bench.machine_code import TARGETS as TARGET_LIMITS
-from fsam_triton.kernels import fisher, reference
-from tests.kernels.cases import FLOATS, ordinary, pairwise
+from fsam_triton.kernels import fisher
 
 # Whole tiles; ragged ends in every direction; less than a tile; one position, one sample; nothing.
 SHAPES = [(2, 32, 64, 128), (3, 37, 70, 65), (2, 5, 3, 2), (4, 1, 66, 5), (1, 16, 64, 64), (0, 4, 3, 2), (2, 0, 3, 2)]

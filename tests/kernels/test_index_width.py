@@ -3,6 +3,9 @@
 import re
 
 import pytest
+
+pytest.importorskip("triton")
+
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ir, make_backend
 

@@ -5,13 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+from fsam_triton.kernels import segments, spec
+from fsam_triton.kernels.directions import Along
+from fsam_triton.kernels.segments import Plan, Segments
+
+pytest.importorskip("triton")
+
 import triton
 from triton.backends.compiler import GPUTarget
 
 from bench import kernel_builds as kb
-from fsam_triton.kernels import descend, gap, norm, perturb, segments, sparse, spec
-from fsam_triton.kernels.directions import Along
-from fsam_triton.kernels.segments import Plan, Segments
+from fsam_triton.kernels import descend, gap, norm, perturb, sparse
 
 N = 4096
 TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsam_triton.kernels import cpu, reference, sparse
+from fsam_triton.kernels import cpu, reference
 from tests.kernels.cases import FLOATS, assert_same_bits, with_specials
 
+sparse = pytest.importorskip("fsam_triton.kernels.sparse")
 # Elements of each tensor and how many of them are chosen: none, fewer than a block, whole blocks, more.
 SIZES = [(50, 7), (10, 0), (1, 1), (5000, 2048), (9000, 3001)]
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -27,6 +26,7 @@ from fsam_triton.buffers.lanes import Lanes
 from fsam_triton.kernels import segments
 from fsam_triton.optim.optimizer import FusedOptimizer
 
+triton = pytest.importorskip("triton")
 DEVICE = torch.device("cuda", 0)
 READS = (DataDependentOutputException, DynamicOutputShapeException)
 aten = torch.ops.aten
