@@ -81,7 +81,7 @@ def test_wheel_has_every_module_and_header_of_every_package(wheel):
     assert {name for name in wheel.namelist() if name.endswith((".py", ".h"))} == expected
 
 
-@pytest.mark.parametrize("folder", [".ci", ".github", "bench", "docs", "fsam_triton", "kernels", "tests"])
+@pytest.mark.parametrize("folder", [".ci", ".github", "bench", "docs", "fsam_triton", "hub", "kernels", "tests"])
 def test_sdist_has_the_whole_folder(folder, source, sdist):
     assert {str(path.relative_to(source)) for path in (source / folder).rglob("*") if path.is_file()} <= sdist
 
@@ -101,8 +101,9 @@ def test_wheel_says_that_it_is_typed(wheel):
     assert "fsam_triton/py.typed" in wheel.namelist()
 
 
-def test_wheel_has_the_template_of_the_report(wheel):
-    assert "fsam_triton/finetune/templates/report.html" in wheel.namelist()
+@pytest.mark.parametrize("name", ["templates/report.html", "evidence.json"])
+def test_wheel_has_the_data_of_the_command_line(wheel, name):
+    assert f"fsam_triton/finetune/{name}" in wheel.namelist()
 
 
 def test_wheel_has_the_license(wheel):
