@@ -145,13 +145,14 @@ def _plot_maps(figure: Figure, landscapes: Mapping[str, Landscape]) -> None:
     low, high = float(losses.min()), float(losses.max())
     # Equal steps of the root of the rise: close to the minimum losses grow as a square.
     levels = [low + (high - low) * (i / 20) ** 2 for i in range(21)] if high > low else None
+    drawn = []
     all_axes = figure.subplots(1, len(landscapes), squeeze=False)[0]
     for axes, (title, landscape) in zip(all_axes, landscapes.items(), strict=True):
         x, z = landscape.coordinates, landscape.losses
         # Rows are the second axis of a picture.
-        drawn = axes.contourf(x, x, z.T, levels, cmap="viridis", norm="linear")
+        drawn.append(axes.contourf(x, x, z.T, levels, cmap="viridis", norm="linear"))
         axes.contour(x, x, z.T, levels, colors="white", linewidths=0.4)
         axes.plot(0, 0, marker="+", color="red")
         axes.set(title=title, xlabel="first direction", ylabel="second direction", aspect="equal")
     # Round numbers at heights of their own: one a level would be crowded where the loss is low.
-    figure.colorbar(drawn, ax=list(all_axes), label="mean loss", spacing="proportional", ticks=MaxNLocator(6))
+    figure.colorbar(drawn[-1], ax=list(all_axes), label="mean loss", spacing="proportional", ticks=MaxNLocator(6))
