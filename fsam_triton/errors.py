@@ -1,5 +1,7 @@
 """The error for a bad argument, and warnings that point to the line that calls us."""
 
+from __future__ import annotations
+
 import sys
 import warnings
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import torch
 
 # Of calls to a step, torch's hooks around it are not what the user has written.
-_NOT_THE_CALLER = tuple(str(Path(module.__file__).parent) for module in (sys.modules[__package__], torch))
+_NOT_THE_CALLER = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
 
 
 class ArgumentError(ValueError):
@@ -19,7 +21,11 @@ class ArgumentError(ValueError):
         allowed: The values that would be accepted.
     """
 
-    def __init__(self, name: str, value: object, allowed: str):
+    name: str
+    value: object
+    allowed: str
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
         super().__init__(name, value, allowed)
         self.name = name
         self.value = value

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .kernels import build, reference
+from .kernels.segments import Segments
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @functools.cache
@@ -43,14 +47,18 @@ def _triton() -> types.SimpleNamespace:
 def interpreting() -> bool:
     """Whether Triton's interpreter is on (TRITON_INTERPRET=1 at the first call), so that kernels run on CPU tensors."""
     try:
-        import triton
+        from triton import knobs
     except ImportError:
         return False
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)
 
 
-def _pass(name: str, device_of: Callable[..., torch.device], place: int = 0) -> Callable[..., Any]:
-    @functools.wraps(getattr(reference, name))
+def _pass(
+    slow: Callable[Arguments, Result], device_of: Callable[[Any], torch.device], place: int = 0
+) -> Callable[Arguments, Result]:
+    name = slow.__name__
+
+    @functools.wraps(slow)
     def call(*args: Any) -> Any:
         device = device_of(args[place])
         if device.type == "cuda":
@@ -65,19 +73,33 @@ def _pass(name: str, device_of: Callable[..., torch.device], place: int = 0) -> 
             return getattr(cpu, name)(*args)
         return getattr(reference, name)(*args)
 
-    return call
+    return cast("Callable[Arguments, Result]", call)
 
 
-norm_sq, norms_sq, gap, perturb_, descend_ = (
-    _pass(name, lambda segments: segments.plan.device)
-    for name in ("norm_sq", "norms_sq", "gap", "perturb_", "descend_")
-)
-digit_histogram, write_mask_, gather_, add_noise_ = (
-    _pass(name, lambda tensor: tensor.device) for name in ("digit_histogram", "write_mask_", "gather_", "add_noise_")
-)
-scatter_ = _pass("scatter_", lambda tensors: tensors[0].device)
-climb_coefficients = _pass("climb_coefficients", lambda numbers: numbers.device)
-descend_coefficients = _pass("descend_coefficients", lambda numbers: numbers.device, 2)
+def _of_segments(segments: Segments) -> torch.device:
+    return segments.plan.device
+
+
+def _of_tensor(tensor: Tensor) -> torch.device:
+    return tensor.device
+
+
+def _of_tensors(tensors: Sequence[Tensor]) -> torch.device:
+    return tensors[0].device
+
+
+norm_sq = _pass(reference.norm_sq, _of_segments)
+norms_sq = _pass(reference.norms_sq, _of_segments)
+gap = _pass(reference.gap, _of_segments)
+perturb_ = _pass(reference.perturb_, _of_segments)
+descend_ = _pass(reference.descend_, _of_segments)
+digit_histogram = _pass(reference.digit_histogram, _of_tensor)
+write_mask_ = _pass(reference.write_mask_, _of_tensor)
+gather_ = _pass(reference.gather_, _of_tensor)
+add_noise_ = _pass(reference.add_noise_, _of_tensor)
+scatter_ = _pass(reference.scatter_, _of_tensors)
+climb_coefficients = _pass(reference.climb_coefficients, _of_tensor)
+descend_coefficients = _pass(reference.descend_coefficients, _of_tensor, 2)
 
 
 def linear_fisher_(fisher: Tensor, inputs: Tensor, output_grads: Tensor, absolute: bool) -> None:

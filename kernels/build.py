@@ -87,6 +87,7 @@ def function(header: str, instance: str, *types: type, returns: type | None = No
         Unavailable: it cannot be compiled or loaded.
     """
     address = ctypes.c_void_p.in_dll(library(source(header, instance)), "entry").value
+    assert address is not None
     return ctypes.CFUNCTYPE(returns, *types)(address)
 
 

@@ -31,7 +31,9 @@ class Along:
     grad_scale: Tensor | None = None
 
 
-def direction(kind: str, grad: Tensor, average: Tensor, coef: Tensor, grad_scale: Tensor | None) -> tuple:
+def direction(
+    kind: str, grad: Tensor, average: Tensor, coef: Tensor, grad_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The direction of a perturbation, and the average that it is made with.
 
     - "less_average": ``a <- a + rate (g - a)``, ``d = g - factor a``: what a batch's gradient has that others' do not

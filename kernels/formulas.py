@@ -243,7 +243,9 @@ def descend_coefficients(
     one = numbers.new_ones(())
     inverse = 1.0 / _double(scale, one)
     own, other, norm_sq = one, torch.zeros_like(one), measured
-    if combined == "decomposed":
+    if measured is None:
+        assert combined == "alone"
+    elif combined == "decomposed":
         ratio = one if other_scale is None else _double(scale, one) / _double(other_scale, one)
         own, other, norm_sq = decomposition(measured, alpha, ratio)
     elif combined == "kept":
@@ -259,7 +261,7 @@ def descend_coefficients(
         skip = skip | (overflow.reshape(()) != 0)
     now = ~skip if active is None else active & ~skip
     steps += now
-    if pairs is not None:
+    if squares is not None and pairs is not None:
         n.rate = balanced(n.rate, n.lr, n.balance, squares, pairs)
     columns = _RULES[rule](n, steps.to(torch.float64))
     columns["factor"] = n.sign * torch.where(skip, float("nan"), own * factor)

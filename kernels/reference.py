@@ -23,6 +23,8 @@ from .spec import CHUNK
 
 # The same number, signed.
 _WEYL = spec.WEYL - (1 << 32)
+# Of a rule: the new weight, the new state, and where both are finite.
+Updated = tuple[Tensor, tuple[Tensor, ...], Tensor]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -192,7 +194,7 @@ def _perturb_(
         weight.copy_(w)
 
 
-def _adamw(c: SimpleNamespace, w: Tensor, g: Tensor, anchor: Tensor | None, state: Sequence[Tensor]) -> tuple:
+def _adamw(c: SimpleNamespace, w: Tensor, g: Tensor, anchor: Tensor | None, state: Sequence[Tensor]) -> Updated:
     """Algorithm 2 of arXiv 1711.05101; L2-SP, arXiv 1802.01483."""
     m = state[0] + c.new1 * (g - state[0])
     v = c.beta2 * state[1] + c.new2 * (g * g)
@@ -203,7 +205,7 @@ def _adamw(c: SimpleNamespace, w: Tensor, g: Tensor, anchor: Tensor | None, stat
     return w, (m, v, top)[: len(state)], v < float("inf")
 
 
-def _sgd(c: SimpleNamespace, w: Tensor, g: Tensor, anchor: Tensor | None, state: Sequence[Tensor]) -> tuple:
+def _sgd(c: SimpleNamespace, w: Tensor, g: Tensor, anchor: Tensor | None, state: Sequence[Tensor]) -> Updated:
     """As torch.optim.SGD, whose decay is a part of the gradient."""
     d = g + c.decay * (w if anchor is None else w - anchor)
     if not state:
@@ -212,7 +214,7 @@ def _sgd(c: SimpleNamespace, w: Tensor, g: Tensor, anchor: Tensor | None, state:
     return w - c.lr * (c.of_grad * d + c.of_buffer * buffer), (buffer,), buffer.abs() < float("inf")
 
 
-def _lion(c: SimpleNamespace, w: Tensor, g: Tensor, anchor: Tensor | None, state: Sequence[Tensor]) -> tuple:
+def _lion(c: SimpleNamespace, w: Tensor, g: Tensor, anchor: Tensor | None, state: Sequence[Tensor]) -> Updated:
     """Algorithm 2 of arXiv 2302.06675."""
     u = c.beta1 * state[0] + c.new1 * g
     m = state[0] + c.new2 * (g - state[0])
@@ -271,8 +273,9 @@ def _descend_(
     if remainder is not None:
         split(w, weight, remainder, _byte(bits, 0))
     else:
-        rounds = bits is not None and weight.element_size() == 2
-        weight.copy_(stochastic_round(w, high_half(bits), weight.dtype) if rounds else w)
+        if bits is not None and weight.element_size() == 2:
+            w = stochastic_round(w, high_half(bits), weight.dtype)
+        weight.copy_(w)
         w = weight.to(compute)
     if ema is not None:
         change = c.rate * (w - ema)
@@ -345,7 +348,9 @@ def gap(segments: Segments) -> Tensor:
     """
     total = torch.zeros(3, dtype=torch.float64, device=segments.plan.device)
     for i in _active(segments):
-        total = total + _gap(segments.flat("other", i), segments.flat("grad", i))
+        other = segments.flat("other", i)
+        assert other is not None
+        total = total + _gap(other, segments.flat("grad", i))
     return total
 
 
@@ -385,7 +390,7 @@ def perturb_(
         d, average = _direction(segments, i, scale, along)
         part = segments.plan.part(backup, i)
         _perturb_(segments.flat("weight", i), d, part, words, coef[i], key[i], adaptive, stochastic, random)
-        if along is not None and along.kind == "less_average":
+        if along is not None and average is not None and along.kind == "less_average":
             lane, scale_of = segments.plan.part(along.lane, i), coef[i][spec.PERTURB.index("scale")]
             lane.copy_(torch.where((scale_of != 0) & (average.abs() < float("inf")), average, lane.to(average.dtype)))
 
@@ -430,13 +435,28 @@ def descend_(
         scales: the scales of codes, bf16 [size / 32], one for each lane of the state; written. Empty for floats.
         steps: int8 [size], how far 16-bit weights have moved from the clean ones, see `formats.displace`; or None.
     """
-    lanes = [steps, remainder, anchor, ema, orthogonal]
     for i in _active(segments):
-        tensors = (segments.flat(name, i) for name in ("weight", "clean", "grad", "other"))
-        own = [segments.plan.part(lane, i) for lane in state]
-        own_scales = [segments.plan.words(scale, i) for scale in scales]
-        parts = (None if lane is None else segments.plan.part(lane, i) for lane in lanes)
-        _descend_(*tensors, own, own_scales, *parts, coef[i], key[i], rule, stochastic)
+        _descend_(
+            segments.flat("weight", i),
+            segments.flat("clean", i),
+            segments.flat("grad", i),
+            segments.flat("other", i),
+            [segments.plan.part(lane, i) for lane in state],
+            [segments.plan.words(scale, i) for scale in scales],
+            _part(segments, steps, i),
+            _part(segments, remainder, i),
+            _part(segments, anchor, i),
+            _part(segments, ema, i),
+            _part(segments, orthogonal, i),
+            coef[i],
+            key[i],
+            rule,
+            stochastic,
+        )
+
+
+def _part(segments: Segments, lane: Tensor | None, i: int) -> Tensor | None:
+    return None if lane is None else segments.plan.part(lane, i)
 
 
 def magnitude_key(values: Tensor, wide: bool) -> Tensor:

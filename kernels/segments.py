@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import compress, repeat
 from operator import is_
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from . import spec
 
 _COLUMN = {name: i for i, name in enumerate(spec.TABLE)}
-_address_of = Tensor.data_ptr
+# Of tensors that are there.
+_address_of: Callable[[Any], int] = Tensor.data_ptr
+Column = Literal["weight", "grad", "clean", "other"]
 
 
 class Plan:
@@ -106,7 +109,13 @@ class Segments:
     ) -> None:
         self.plan = plan
         self._known = known or {}
-        self.tensors = {"weight": weight, "grad": grad, "clean": weight if clean is None else clean, "other": other}
+        self.weight, self.clean = weight, weight if clean is None else clean
+        self.tensors: dict[Column, Sequence[Tensor | None] | None] = {
+            "weight": weight,
+            "grad": grad,
+            "clean": self.clean,
+            "other": other,
+        }
         self._uploaded = Uploaded() if uploaded is None else uploaded
         self.all_active = not any(map(is_, (*weight, *grad), repeat(None)))
         self.active = [True] * len(grad)
@@ -120,21 +129,31 @@ class Segments:
         """Whether any segment takes part."""
         return self._first is not None
 
-    def dtype(self, column: str = "weight") -> torch.dtype:
+    def dtype(self, column: Literal["weight", "grad", "clean"] = "weight") -> torch.dtype:
         """The type of a column's tensors."""
-        return self.tensors[column][self._first].dtype
+        return self.anchor(column).dtype
 
-    def flat(self, column: str, i: int) -> Tensor | None:
-        """Segment i's tensor of a column, flat in memory order: a view of the same memory."""
-        if self.tensors[column] is None:
-            return None
-        tensor = self.tensors[column][i].detach()
-        return tensor.as_strided((tensor.numel(),), (1,))
-
-    def anchor(self, column: str) -> Tensor | None:
-        """The tensor from which `relative` tables count a column."""
+    @overload
+    def flat(self, column: Literal["weight", "grad", "clean"], i: int) -> Tensor: ...
+    @overload
+    def flat(self, column: Literal["other"], i: int) -> Tensor | None: ...
+    def flat(self, column: Column, i: int) -> Tensor | None:
+        """An active segment i's tensor of a column, flat in memory order: a view of the same memory."""
         tensors = self.tensors[column]
-        return None if tensors is None else tensors[self._first]
+        if tensors is None:
+            return None
+        tensor = tensors[i]
+        assert tensor is not None
+        return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+    @overload
+    def anchor(self, column: Literal["weight", "grad", "clean"]) -> Tensor: ...
+    @overload
+    def anchor(self, column: Column) -> Tensor | None: ...
+    def anchor(self, column: Column) -> Tensor | None:
+        """The tensor from which `relative` tables count a column, if any segment takes part."""
+        tensors = self.tensors[column]
+        return None if tensors is None or self._first is None else tensors[self._first]
 
     def addresses(self) -> np.ndarray:
         """The table with addresses, int64 [segments, len(spec.TABLE)]; the same at each call, not to be written."""
@@ -198,6 +217,7 @@ class Uploaded:
                 missing = _TABLES_IN_A_CAPTURE - len(self._spare)
                 self._spare += [torch.empty_like(host).pin_memory() for _ in range(missing)]
             self._host, self._device = table, upload(host, device)
+        assert self._device is not None
         if capturing:
             _captured.append(self._device)
         return self._device

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import check
-from ..masks.perturbed import FisherMask
+from ..errors import ArgumentError, check
+from ..optim.two_pass import TwoPass
 from .figures import written_figure
 
 
@@ -42,10 +42,8 @@ def mask_density(optimizer: Optimizer, model: nn.Module) -> dict[str, float]:
         >>> mask_density(optimizer, model)
         {'weight': 0.5, 'bias': 1.0}
     """
-    mask = getattr(optimizer, "mask", None)
-    check(
-        isinstance(mask, FisherMask), "optimizer", type(optimizer).__name__, "must be an FSAM or SAM with a FisherMask"
-    )
+    if not isinstance(optimizer, TwoPass) or optimizer.mask is None:
+        raise ArgumentError("optimizer", type(optimizer).__name__, "must be an FSAM or SAM with a FisherMask")
     params = [p for group in optimizer.param_groups for p in group["params"]]
     density = dict(zip(params, optimizer.mask_density().values(), strict=True))
     return {name: density.get(p, 0.0) for name, p in model.named_parameters()}

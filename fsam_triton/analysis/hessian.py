@@ -59,11 +59,15 @@ def hessian_eigenvalues(
         start = product(numpy.random.default_rng(0).standard_normal(n))
         if not start.any():
             return [0.0] * k
-        hessian = LinearOperator((n, n), matvec=product, dtype=numpy.float64)
-        # Fewer vectors than by default, which keeps 20: they are most of the memory.
-        values = eigsh(
-            hessian, k, which="LA", v0=start, ncv=min(n, 2 * k + 8), tol=tolerance, return_eigenvectors=False
-        )
+
+        class Hessian(LinearOperator):
+            def _matvec(self, x: numpy.ndarray) -> numpy.ndarray:
+                return product(x)
+
+        # Fewer vectors than by default, which keeps 20: they are most of the memory. SciPy declares no types, only the
+        # default tolerance, which is 0.
+        options = {"which": "LA", "v0": start, "ncv": min(n, 2 * k + 8), "tol": tolerance}
+        values = eigsh(Hessian(numpy.float64, (n, n)), k, return_eigenvectors=False, **options)
     return sorted(map(float, values), reverse=True)
 
 

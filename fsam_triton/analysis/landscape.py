@@ -143,10 +143,10 @@ def _plot_lines(figure: Figure, landscapes: Mapping[str, Landscape]) -> None:
 def _plot_maps(figure: Figure, landscapes: Mapping[str, Landscape]) -> None:
     levels = map_levels(landscapes.values())
     all_axes = figure.subplots(1, len(landscapes), squeeze=False)[0]
-    for axes, (title, landscape) in zip(all_axes, landscapes.items(), strict=True):
-        drawn = draw_map(axes, landscape, levels)
+    for axes, title in zip(all_axes, landscapes, strict=True):
         axes.set(title=title, xlabel="first direction", ylabel="second direction")
-    draw_scale(figure, drawn, ax=list(all_axes))
+    drawn = [draw_map(*pair, levels) for pair in zip(all_axes, landscapes.values(), strict=True)]
+    draw_scale(figure, drawn[-1], ax=list(all_axes))
 
 
 def map_levels(landscapes: Iterable[Landscape]) -> list[float] | None:

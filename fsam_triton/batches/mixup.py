@@ -7,13 +7,24 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import check
+
+if TYPE_CHECKING:
+
+    class _Classifier(nn.Module):
+        """What is used of a transformers sequence classifier, if it has it."""
+
+        base_model: nn.Module
+        classifier: nn.Module
+
+        def get_input_embeddings(self) -> nn.Module: ...
 
 
 @dataclass(frozen=True)
@@ -134,27 +145,30 @@ class MixupDraw:
             for handle in handles:
                 handle.remove()
 
-    def _hooks(self, model: nn.Module) -> list[Any]:
+    def _hooks(self, model: nn.Module) -> list[RemovableHandle]:
+        own = cast("_Classifier", model)
         if self.where == "embeddings":
-            embeddings = getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
+            embeddings = getattr(own.base_model, "embeddings", None) or own.get_input_embeddings()
             return [
                 model.register_forward_pre_hook(self._join_masks, with_kwargs=True),
                 embeddings.register_forward_hook(lambda module, args, output: self._mix(output)),
             ]
         if hasattr(model, "classifier"):
-            return [model.classifier.register_forward_pre_hook(lambda module, args: (self._mix(args[0]), *args[1:]))]
+            return [own.classifier.register_forward_pre_hook(lambda module, args: (self._mix(args[0]), *args[1:]))]
         allowed = 'must be "embeddings" for a model that has neither `classifier` nor `score`'
         check(hasattr(model, "score"), "where", self.where, allowed)
         return [model.register_forward_hook(self._mix_logits)]
 
-    def _join_masks(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _join_masks(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         check(len(args) <= 1, "model", f"called with {len(args)} arguments by position", "name all but the first")
         mask = kwargs.get("attention_mask")
         if mask is not None:
             kwargs = {**kwargs, "attention_mask": torch.maximum(mask, self._partners(mask))}
         return args, kwargs
 
-    def _mix_logits(self, model: nn.Module, args: tuple, output: Any) -> Any:
+    def _mix_logits(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         output.logits = self._mix(output.logits)
         return output
 
@@ -162,9 +176,11 @@ class MixupDraw:
         return self.lam * rows + (1 - self.lam) * self._partners(rows)
 
     def _partners(self, rows: Tensor) -> Tensor:
-        n = len(self.permutation)
+        permutation = self.permutation
+        assert permutation is not None
+        n = len(permutation)
         check(len(rows) == n, "batch_size", n, f"must be that of the batch, which has {len(rows)} rows")
-        return rows[self.permutation.to(rows.device)]
+        return rows[permutation.to(rows.device)]
 
     def loss(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """``lam * cross_entropy(logits, labels) + (1 - lam) * cross_entropy(logits, labels of the partners)``.

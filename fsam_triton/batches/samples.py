@@ -7,12 +7,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..errors import check
+from ..errors import ArgumentError, check
 
 
 def select_samples(batch: Any, before: Tensor, after: Tensor, gamma: float) -> Any:
@@ -61,10 +61,14 @@ def select_samples(batch: Any, before: Tensor, after: Tensor, gamma: float) -> A
     index = _largest_rises(before.detach(), after.detach(), k)
 
     @functools.cache
-    def positions(device: torch.device | None) -> Tensor | list[int]:
-        return index.tolist() if device is None else index.to(device)
+    def positions(device: torch.device) -> Tensor:
+        return index.to(device)
 
-    def reduced(value: Tensor | list) -> Tensor | list:
+    @functools.cache
+    def numbers() -> list[int]:
+        return index.tolist()
+
+    def reduced(value: Tensor | list[Any]) -> Tensor | list[Any]:
         nonlocal found
         found = True
         if k == n:
@@ -72,7 +76,7 @@ def select_samples(batch: Any, before: Tensor, after: Tensor, gamma: float) -> A
         if isinstance(value, Tensor):
             return value.index_select(0, positions(value.device))
         out = copy.copy(value)
-        out[:] = [value[i] for i in positions(None)]
+        out[:] = [value[i] for i in numbers()]
         return out
 
     result = _reduce(batch, n, reduced)
@@ -101,8 +105,9 @@ def first_samples(batch: Any, fraction: float) -> Any:
         {'input_ids': tensor([[1, 2],
                 [3, 4]]), 'labels': tensor([0, 1])}
     """
-    n = _count(batch)
-    check(bool(n), "batch", type(batch).__name__, "must hold a tensor with samples along its first dimension")
+    if not (n := _count(batch)):
+        allowed = "must hold a tensor with samples along its first dimension"
+        raise ArgumentError("batch", type(batch).__name__, allowed)
     k = math.ceil(fraction * n)
     return batch if k == n else _reduce(batch, n, lambda value: value[:k])
 
@@ -147,7 +152,7 @@ def _reduce(value: Any, n: int, reduced: Callable[[Any], Any]) -> Any:
     return _with(value, {**parts, **changed}, changed) if changed else value
 
 
-def _is_list_of_inputs(value: list, n: int) -> bool:
+def _is_list_of_inputs(value: list[Any], n: int) -> bool:
     tensors = [item for item in value if isinstance(item, Tensor)]
     return bool(tensors) and all(item.dim() > 0 and item.shape[0] == n for item in tensors)
 
@@ -159,7 +164,7 @@ def _with(value: Any, parts: dict[Any, Any], changed: dict[Any, Any]) -> Any:
     if isinstance(value, Mapping) and not isinstance(value, dict):
         # Not a copy: in a BatchEncoding that would keep the encodings of samples that are gone.
         try:
-            return type(value)(parts)
+            return cast("Callable[..., Any]", type(value))(parts)
         except TypeError:
             return parts
     out = copy.copy(value)

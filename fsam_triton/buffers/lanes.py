@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
@@ -24,9 +24,14 @@ from .guards import alike
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import TypeIs
 
     from .perturbed import Perturbed
 
+# The state of an optimizer: for each parameter an entry, with values by name.
+State = dict[Tensor, dict[str, Any]]
+# The gradients of all parameters of some lanes, None where there is none.
+Gradients = Sequence[Tensor | None]
 # The lanes that `state` shows, in its order, and what a parameter's part is where its entry does not say: zeros, the
 # weights, the weights of its first update, or what it was.
 SHOWN = {
@@ -98,7 +103,7 @@ class Numbers:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._sent: tuple = ()
+        self._sent: tuple[tuple[float | None, ...], ...] = ()
         self._rows = torch.empty(0)
 
     def rows(self, values: Sequence[Sequence[float | Tensor]]) -> Tensor:
@@ -134,9 +139,12 @@ class Lanes:
         where: addresses and strides of the weights when they were last looked at.
         moves: how often they were others than before.
         shard_groups: the process groups over which the weights are cut into shards, if any.
+        shards, shard_index: how many shards there are, and which of them the weights are.
     """
 
     shard_groups: tuple[ProcessGroup, ...] = ()
+    shards: int = 1
+    shard_index: int = 0
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)
@@ -154,7 +162,7 @@ class Lanes:
         # Addresses of lists of tensors that are passed on as they are, by the lists' ids.
         self._known: dict[int, np.ndarray] = {}
         self._flags: tuple[list[bool], Tensor] | None = None
-        self._grads_alike = None
+        self._grads_alike: Callable[..., bool] | None = None
         self._views: dict[str, list[Tensor]] = {}
         # What `state` shows of each parameter: its entry, what we have put there, and where that is in memory.
         self._entries: list[dict[str, Any] | None] = [None] * len(self.params)
@@ -181,7 +189,7 @@ class Lanes:
 
     # -- the user's memory ---------------------------------------------------------------------------------------------
 
-    def memory(self) -> list[Tensor]:
+    def memory(self) -> Sequence[Tensor]:
         """The tensors whose memory the parameters are."""
         return self.params
 
@@ -191,7 +199,9 @@ class Lanes:
 
     def rewind(self, versions: Sequence[int]) -> None:
         """Have autograd take the weights for those of these versions."""
-        torch._C._autograd._unsafe_set_version_counter(tuple(self.params), tuple(versions))
+        # torch's stubs lack this module.
+        autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+        autograd._unsafe_set_version_counter(tuple(self.params), tuple(versions))
 
     def fits(self, thoroughly: bool = False) -> bool:
         """Whether every parameter still has the device, type, shape and strides that the lanes were made for.
@@ -220,7 +230,7 @@ class Lanes:
     def _stage(self, i: int, tensor: Tensor) -> None:
         self._staged[i] = torch.empty_strided(tensor.shape, self.strides[i], dtype=self.dtype, device=self.device)
 
-    def weights(self) -> list[Tensor]:
+    def weights(self) -> Sequence[Tensor]:
         """Where a pass reads and writes the weights; `written` is to follow."""
         memory = self.memory()
         if self._staged:
@@ -233,7 +243,7 @@ class Lanes:
         for i, staged in self._staged.items():
             staged.copy_(self.params[i].detach())
 
-    def gradients(self) -> list[Tensor | None]:
+    def gradients(self) -> Gradients:
         """Each parameter's gradient as it is at this moment, None where there is none; copied only if it must be.
 
         Raises:
@@ -242,24 +252,27 @@ class Lanes:
         grads = self._grads()
         return grads if self.are_usable(grads) else self._usable(grads)
 
-    def are_usable(self, grads: Sequence[Tensor | None]) -> bool:
+    def are_usable(self, grads: Gradients) -> TypeGuard[Sequence[Tensor]]:
         """Whether these are gradients of all parameters that passes can read as they are, as far as is known."""
         return self._grads_alike is not None and not any(map(is_, grads, repeat(None))) and self._grads_alike(*grads)
 
     def _grads(self) -> list[Tensor | None]:
         return [p.grad for p in self.params]
 
-    def _usable(self, grads: list[Tensor | None]) -> list[Tensor | None]:
+    def _usable(self, grads: Gradients) -> Gradients:
         if not self.fits(thoroughly=True):
             raise Moved
         out = [None if grad is None else self._like_weights(i, grad) for i, grad in enumerate(grads)]
-        if all(new is grad and grad is not None for new, grad in zip(out, grads, strict=True)):
-            self._grads_alike = alike(grads)
+        unchanged = [grad for new, grad in zip(out, grads, strict=True) if grad is not None and new is grad]
+        if len(unchanged) == len(grads):
+            self._grads_alike = alike(unchanged)
         return out
 
     def gradient(self, i: int) -> Tensor:
         """Parameter i's gradient, which is there; see `gradients`."""
-        return self._like_weights(i, self._grads()[i])
+        grad = self._grads()[i]
+        assert grad is not None
+        return self._like_weights(i, grad)
 
     def check_layout(self, i: int, grad: Tensor) -> None:
         """Raise a RuntimeError if a gradient is sparse."""
@@ -280,7 +293,7 @@ class Lanes:
                 self.params[i].detach().copy_(staged)
         self._tell([p for p, now in zip(self.params, active, strict=True) if now] if not all(active) else self.params)
 
-    def _tell(self, params: list[Parameter]) -> None:
+    def _tell(self, params: Sequence[Parameter]) -> None:
         torch.autograd.graph.increment_version(params)
         if torch.is_autocast_cache_enabled():
             # Autocast would use the 16-bit copies that it has made of the weights before.
@@ -288,11 +301,11 @@ class Lanes:
 
     def segments(
         self,
-        grads: Sequence[Tensor | None],
+        grads: Gradients,
         *,
-        weight: Sequence[Tensor] | None = None,
+        weight: Sequence[Tensor | None] | None = None,
         clean: Sequence[Tensor] | None = None,
-        other: Sequence[Tensor | None] | None = None,
+        other: Gradients | None = None,
         half: str,
         only: int | None = None,
     ) -> Segments:
@@ -356,7 +369,9 @@ class Lanes:
             return
         memory = self.memory()
         with torch.no_grad():
-            torch._foreach_copy_([memory[i].detach() for i in which], [self._part(flat, i) for i in which])
+            weights, parts = [memory[i].detach() for i in which], [self._part(flat, i) for i in which]
+            # torch has it without saying so.
+            torch._foreach_copy_(weights, parts)  # pyright: ignore[reportPrivateImportUsage]
         self._tell([self.params[i] for i in which])
 
     def clean(self, i: int) -> Tensor:
@@ -497,13 +512,17 @@ class Lanes:
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def follow(self, state: Mapping[Parameter, dict[str, Any]]) -> None:
+    def follow(self, state: State) -> None:
         """Take over what a user has put into the parameters' entries of an optimizer's state, or taken out of them."""
         names = len(self._names())
         for i, (p, published) in enumerate(zip(self.params, self._published, strict=True)):
             entry = state.get(p)
-            same = entry is not None and entry is self._entries[i] and len(entry) == len(published) == names
-            same = same and all(map(is_, entry.values(), published.values()))
+            same = (
+                entry is not None
+                and entry is self._entries[i]
+                and len(entry) == len(published) == names
+                and all(map(is_, entry.values(), published.values()))
+            )
             if not (same and list(map(self._address, published.values())) == self._published_at[i]):
                 self._adopt(i, entry)
         self._all_published = list(chain.from_iterable(entry.values() for entry in self._entries if entry))
@@ -528,7 +547,7 @@ class Lanes:
         """Where the tensors are that we have put into the entries."""
         return filter(None, chain.from_iterable(self._published_at))
 
-    def separate(self, state: Mapping[Parameter, dict[str, Any]], own: Container[int]) -> None:
+    def separate(self, state: State, own: Container[int]) -> None:
         """Copy what lies at `own` addresses but not in its place: to be taken over, it must not be written before."""
         for p, published, places in zip(self.params, self._published, self._published_at, strict=True):
             there = dict(zip(published, places, strict=True))
@@ -602,7 +621,7 @@ class Lanes:
         """Whether parameter i's part of "anchor" has been set."""
         return self._anchored[i]
 
-    def begin(self, active: Sequence[bool], state: dict[Parameter, dict[str, Any]]) -> None:
+    def begin(self, active: Sequence[bool], state: State) -> None:
         """Show the state of parameters that are updated for the first time."""
         for i, now in enumerate(active):
             if now and self._entries[i] is None:
@@ -612,7 +631,7 @@ class Lanes:
                 self._publish(i, state.setdefault(self.params[i], {}))
                 self._all_published = None
 
-    def show(self, state: dict[Parameter, dict[str, Any]]) -> None:
+    def show(self, state: State) -> None:
         """Show the state of all parameters: a mask is chosen also of those that were never updated."""
         self.begin([True] * len(self), state)
         self.follow(state)
@@ -684,7 +703,7 @@ def can_be_coded(shape: Sequence[int]) -> bool:
     return len(shape) > 1 and math.prod(shape[1:]) % spec.GROUP == 0
 
 
-def is_float(value: Any) -> bool:
+def is_float(value: object) -> TypeIs[Tensor]:
     """Whether it is a tensor of floats."""
     return isinstance(value, Tensor) and value.is_floating_point()
 

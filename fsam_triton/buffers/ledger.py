@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from operator import is_
 from types import MethodType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakMethod
 
 import torch
@@ -13,11 +13,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import check
-from .lanes import Lanes, Member, Moved
+from .lanes import Gradients, Lanes, Member, Moved, State
 from .perturbed import Perturbed
 from .sharded import ShardedLanes, is_sharded, local, shard_groups
 from .sharing import sharing
 from .sparse import SparseLanes
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+# Lanes in which a parameter has a gradient, with the gradients.
+Found = list[tuple[Lanes, Gradients]]
 
 
 class Ledger:
@@ -40,13 +45,13 @@ class Ledger:
         trained: Callable[[Mapping[str, Any], int], Tensor | None],
         prepare: Callable[[Lanes, list[Mapping[str, Any]]], None],
     ) -> None:
-        self._structure, self._trained, self._prepare = map(_weakly, (structure, trained, prepare))
+        self._structure, self._trained, self._prepare = _weakly(structure), _weakly(trained), _weakly(prepare)
         self.forget()
 
     def forget(self) -> None:
         """Have all lanes made again."""
         self._all: list[Lanes] = []
-        self._places: dict[Parameter, tuple[Lanes, int]] = {}
+        self._places: dict[Tensor, tuple[Lanes, int]] = {}
         self._params: list[Parameter] | None = None
         self._structures: list[Hashable] = []
         self._idle: list[Parameter] = []
@@ -54,7 +59,7 @@ class Ledger:
         self._sharing: list[int] = []
         self._moves = 0
         # The keys and values of `state` when it was last followed.
-        self._followed: tuple[list, list] = [], []
+        self._followed: tuple[list[Tensor], list[dict[str, Any]]] = [], []
         # How often the lanes were made.
         self.generation = getattr(self, "generation", 0) + 1
 
@@ -81,9 +86,7 @@ class Ledger:
         """Whether a parameter would have lanes, were it not frozen at present."""
         return any(p is idle for idle in self._idle)
 
-    def refresh(
-        self, groups: list[dict[str, Any]], state: dict[Parameter, dict[str, Any]], with_state: bool = True
-    ) -> None:
+    def refresh(self, groups: list[dict[str, Any]], state: State, with_state: bool = True) -> None:
         """Follow the groups and (`with_state`) the state. It asks nothing of a device."""
         params = [p for group in groups for p in group["params"]]
         same = self._params is not None and len(params) == len(self._params) and all(map(is_, params, self._params))
@@ -95,13 +98,13 @@ class Ledger:
                 self._arrange(groups, state)
             self._follow(state)
 
-    def _has_followed(self, state: dict[Parameter, dict[str, Any]]) -> bool:
+    def _has_followed(self, state: State) -> bool:
         # Not by looking up every parameter, which would hash them all.
         keys, entries = self._followed
         same = len(state) == len(keys) and all(map(is_, state, keys)) and all(map(is_, state.values(), entries))
         return same and all(lanes.is_followed() for lanes in self._all)
 
-    def _follow(self, state: dict[Parameter, dict[str, Any]]) -> None:
+    def _follow(self, state: State) -> None:
         own = {address for lanes in self._all for address in lanes.published_at()}
         for lanes in self._all:
             lanes.separate(state, own)
@@ -130,14 +133,15 @@ class Ledger:
         """What of the groups the lanes depend on; that of single parameters does not change."""
         return [(id(group), len(group["params"]), self._structure(group, None)) for group in groups]
 
-    def _arrange(self, groups: list[dict[str, Any]], state: dict[Parameter, dict[str, Any]]) -> None:
+    def _arrange(self, groups: list[dict[str, Any]], state: State) -> None:
         before = self._places
         # Since `renew`, what there was is of another state.
         chosen = {} if self._params is None else {p: place for p, place in before.items() if not state.get(p)}
         if any(lanes.perturbed is not None for lanes in self._all):
             self.restore()
-        trained: list[tuple[Member, Tensor | None, Hashable]] = []
-        idle, number = [], -1
+        trained: list[tuple[Member, Tensor | None, tuple[Hashable, ...]]] = []
+        idle: list[Parameter] = []
+        number = -1
         for group in groups:
             for position, p in enumerate(group["params"]):
                 number += 1
@@ -147,9 +151,10 @@ class Ledger:
                 indices = self._trained(group, position)
                 if indices is not None and not len(indices):
                     continue
+                member = Member(p, group, position, number)
                 shards = shard_groups(p) if is_sharded(p) else None
                 key = (p.device, local(p).dtype, shards, indices is not None, self._structure(group, position))
-                trained.append((Member(p, group, position, number), indices, key))
+                trained.append((member, indices, key))
         seen: set[int] = set()
         for member, _, _ in trained:
             # It would have two states.
@@ -165,13 +170,13 @@ class Ledger:
         members: dict[Hashable, list[tuple[Member, Tensor | None]]] = {}
         for i, (member, indices, key) in enumerate(trained):
             members.setdefault((*key, i if i in alone else None), []).append((member, indices))
-        for (_, _, shards, is_sparse, *_), own in members.items():
+        for own in members.values():
             parameters = [member for member, _ in own]
-            if is_sparse:
-                lanes = SparseLanes(parameters, [indices for _, indices in own])
+            selected = [indices for _, indices in own if indices is not None]
+            if selected:
+                self._all.append(SparseLanes(parameters, selected))
             else:
-                lanes = (Lanes if shards is None else ShardedLanes)(parameters)
-            self._all.append(lanes)
+                self._all.append((ShardedLanes if is_sharded(parameters[0].p) else Lanes)(parameters))
         for lanes in self._all:
             self._places |= {p: (lanes, i) for i, p in enumerate(lanes.params)}
             self._carry_anchors(lanes, before)
@@ -185,7 +190,7 @@ class Ledger:
         self._structures = self._structures_of(groups)
 
     @staticmethod
-    def _carry_anchors(lanes: Lanes, before: Mapping[Parameter, tuple[Lanes, int]]) -> None:
+    def _carry_anchors(lanes: Lanes, before: Mapping[Tensor, tuple[Lanes, int]]) -> None:
         """Anchors outlive a state that was thrown away."""
         for i, p in enumerate(lanes.params):
             old, j = before.get(p, (None, 0))
@@ -196,11 +201,11 @@ class Ledger:
                 lanes.set(i, "anchor", old.views("anchor")[j], like_parameter=False)
 
     @staticmethod
-    def _carry_masks(lanes: Lanes, before: Mapping[Parameter, tuple[Lanes, int]]) -> None:
+    def _carry_masks(lanes: Lanes, before: Mapping[Tensor, tuple[Lanes, int]]) -> None:
         """What an ascent keeps, it keeps also of parameters that no state has been made for yet."""
         for i, p in enumerate(lanes.params):
             old, j = before.get(p, (None, 0))
-            if type(old) is not type(lanes) or old.shapes[j] != lanes.shapes[i]:
+            if old is None or type(old) is not type(lanes) or old.shapes[j] != lanes.shapes[i]:
                 continue
             if "mask" in old.lanes and "mask" in lanes.lanes:
                 lanes.plan.words(lanes.lanes["mask"], i).copy_(old.plan.words(old.lanes["mask"], j))
@@ -209,9 +214,7 @@ class Ledger:
                     lanes.lane(name, old.lanes[name].dtype)
                     lanes.views(name)[i].copy_(old.views(name)[j])
 
-    def collect(
-        self, groups: list[dict], state: dict, with_state: bool = True
-    ) -> list[tuple[Lanes, list[Tensor | None]]]:
+    def collect(self, groups: list[dict[str, Any]], state: State, with_state: bool = True) -> Found:
         """The lanes in which a parameter has a gradient, with these; see `refresh`."""
         self.refresh(groups, state, with_state)
         try:
@@ -269,9 +272,15 @@ def _is_idle(p: Parameter) -> bool:
     return p.grad is None and not (p.requires_grad and p.numel())
 
 
-def _weakly(function: Callable[..., Any]) -> Callable[..., Any]:
+def _weakly(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """A method as a function that does not keep its object alive: an optimizer that is dropped restores the weights."""
     if not isinstance(function, MethodType):
         return function
     method = WeakMethod(function)
-    return lambda *args: method()(*args)
+
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        alive = method()
+        assert alive is not None
+        return alive(*args, **kwargs)
+
+    return call

@@ -6,7 +6,7 @@ import gc
 import math
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,14 +16,19 @@ from torch.nn import Module, Parameter
 from ..errors import check
 from ..kernels import spec
 from ..kernels.reference import unpack_mask
-from .lanes import SCALES, Lanes, Member, shape_of_scales
+from .lanes import SCALES, Lanes, Member, State, shape_of_scales
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, Shard
+    from typing_extensions import TypeIs
+
+    class Gatherer(FSDPModule, Module):
+        """A module that `fully_shard` was called with."""
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
     """Whether it is a DTensor."""
     return hasattr(tensor, "device_mesh")
 
@@ -68,10 +73,12 @@ class ShardedLanes(Lanes):
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
-        for member in members:
-            check_placements(f"parameter {member}", member.p)
+        # The parameters, by the type that they have here.
+        self.placed = cast("list[DTensor]", [member.p for member in members])
+        for member, p in zip(members, self.placed, strict=True):
+            check_placements(f"parameter {member}", p)
         super().__init__(members)
-        first = self.params[0]
+        first = self.placed[0]
         mesh, dims = first.device_mesh, shard_dims(first)
         self.shard_groups = shard_groups(first)
         self.shards = math.prod(mesh.size(dim) for dim in dims)
@@ -84,13 +91,13 @@ class ShardedLanes(Lanes):
     def starts(self) -> list[int]:
         """For each parameter how many of its weights, in the order of memory, the shards before this one have."""
         if len(self.shard_groups) == 1:
-            return list(map(_start, self.params))
+            return list(map(_start, self.placed))
         # Cut over two dimensions of the mesh, shards are given numbers that no other shard has.
         return [self.shard_index * p.numel() for p in self.params]
 
-    def memory(self) -> list[Tensor]:
+    def memory(self) -> Sequence[Tensor]:
         # As `local`, which would ask each one what it is.
-        return [p._local_tensor for p in self.params]
+        return [p._local_tensor for p in self.placed]
 
     def versions(self) -> list[int]:
         # In-place operations count on the DTensor or on its shard, according to which of them they were called on.
@@ -102,7 +109,7 @@ class ShardedLanes(Lanes):
     def _grads(self) -> list[Tensor | None]:
         return [None if (grad := p.grad) is None else self._as_placed(i, grad) for i, p in enumerate(self.params)]
 
-    def _tell(self, params: list[Parameter]) -> None:
+    def _tell(self, params: Sequence[Parameter]) -> None:
         super()._tell(params)
         # A forward pass that no backward pass followed (an evaluation) leaves the gathered weights of before.
         for owner in self._owners:
@@ -127,7 +134,7 @@ class ShardedLanes(Lanes):
         # To ask that of DTensors takes longer than a step: what replaces one is followed, but not what moves it.
         return []
 
-    def show(self, state: dict[Parameter, dict[str, Any]]) -> None:
+    def show(self, state: State) -> None:
         super().show(state)
         if "mask" in self.lanes:
             # What `state` shows of it are copies.
@@ -155,19 +162,19 @@ class ShardedLanes(Lanes):
             value = unpack_mask(value, torch.empty(p.numel(), device="meta")).view(p.shape)
         return super().taken(i, name, self._shard_of(i, value))
 
-    def like_parameter(self, i: int, shard: Tensor, shape: torch.Size | None = None) -> DTensor:
+    def like_parameter(self, i: int, part: Tensor, shape: torch.Size | None = None) -> DTensor:
         """A shard as a part of a DTensor placed like parameter i, of its shape or, of two dimensions, of another."""
         from torch.distributed.tensor import DTensor
 
-        p = self.params[i]
+        p = self.placed[i]
         shape, stride = (p.shape, p.stride()) if shape is None else (shape, (shape[1], 1))
-        return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
 
     def _as_placed(self, i: int, source: Tensor) -> Tensor:
         """This rank's part of a DTensor like parameter i, or another tensor; tensor parallelism leaves partial ones."""
-        p = self.params[i]
+        p = self.placed[i]
         if is_sharded(source) and source.placements != p.placements:
-            source = source.detach().redistribute(p.device_mesh, p.placements)
+            source = cast("DTensor", source.detach()).redistribute(p.device_mesh, p.placements)
         return local(source)
 
     def _shard_of(self, i: int, source: Tensor) -> Tensor:
@@ -176,7 +183,7 @@ class ShardedLanes(Lanes):
 
         if is_sharded(source):
             return self._as_placed(i, source)
-        p = self.params[i]
+        p = self.placed[i]
         source = source.detach().to(p.device)
         return local(distribute_tensor(source, p.device_mesh, p.placements, src_data_rank=None))
 
@@ -184,12 +191,12 @@ class ShardedLanes(Lanes):
 def _start(p: DTensor) -> int:
     (dim,) = shard_dims(p)
     # As torch.chunk cuts it: all shards but the last ones have the first one's length.
-    length, shards = p.shape[p.placements[dim].dim], p.device_mesh.size(dim)
+    length, shards = p.shape[cast("Shard", p.placements[dim]).dim], p.device_mesh.size(dim)
     before = min(length, -(-length // shards) * p.device_mesh.get_local_rank(dim))
     return before * (p.numel() // max(length, 1))
 
 
-def owners_of(params: Iterable[Parameter]) -> dict[Parameter, Module]:
+def owners_of(params: Iterable[Tensor]) -> dict[Tensor, Gatherer]:
     """The FSDP2 module that gathers each of these DTensors: the innermost one that has it.
 
     An optimizer is given parameters, not modules; the garbage collector knows the modules too.
@@ -199,7 +206,7 @@ def owners_of(params: Iterable[Parameter]) -> dict[Parameter, Module]:
         return {}
     from torch.distributed.fsdp import FSDPModule
 
-    modules = [m for m in gc.get_objects() if issubclass(type(m), FSDPModule)]
+    modules: list[Gatherer] = [m for m in gc.get_objects() if issubclass(type(m), FSDPModule)]
     found = _owners_among(modules, params)
     if len(found) < len(params):
         # A module that has gathered its parameters has others in their place.
@@ -209,7 +216,7 @@ def owners_of(params: Iterable[Parameter]) -> dict[Parameter, Module]:
     return found
 
 
-def _owners_among(modules: Sequence[Module], params: set[Parameter]) -> dict[Parameter, Module]:
+def _owners_among(modules: Sequence[Gatherer], params: set[Tensor]) -> dict[Tensor, Gatherer]:
     own = {m: list(m.parameters()) for m in modules}
     outermost_first = sorted(modules, key=lambda m: -len(own[m]))
     return {p: m for m in outermost_first for p in own[m] if p in params}

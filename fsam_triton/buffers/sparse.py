@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import ArgumentError, check
-from .lanes import Lanes, Member, Moved
+from .lanes import Gradients, Lanes, Member, Moved
 
 
 class SparseLanes(Lanes):
@@ -60,13 +61,13 @@ class SparseLanes(Lanes):
         self._write(self._compact, [i for i, now in enumerate(active) if now])
         self._compact = torch.empty(0)
 
-    def _usable(self, grads: list[Tensor | None]) -> list[Tensor | None]:
+    def _usable(self, grads: Gradients) -> Gradients:
         if not self.fits(thoroughly=True):
             raise Moved
-        which = [i for i, grad in enumerate(grads) if grad is not None]
-        for i in which:
-            self.check_layout(i, grads[i])
-        compact = self._split(self._gathered([grads[i] for i in which], which))
+        there = {i: grad for i, grad in enumerate(grads) if grad is not None}
+        for i, grad in there.items():
+            self.check_layout(i, grad)
+        compact = self._split(self._gathered(list(there.values()), list(there)))
         return [None if grad is None else compact[i] for i, grad in enumerate(grads)]
 
     def like_lane(self, i: int, tensor: Tensor) -> Tensor:
@@ -160,4 +161,4 @@ def in_memory(positions: Tensor, shape: torch.Size, strides: tuple[int, ...]) ->
     if not is_permuted(shape, strides):
         return positions
     coordinates = torch.unravel_index(positions.to(torch.int64), shape)
-    return sum(c * stride for c, stride in zip(coordinates, strides, strict=True))
+    return functools.reduce(torch.add, (c * stride for c, stride in zip(coordinates, strides, strict=True)))

@@ -25,7 +25,7 @@ except ImportError:
 
 def estimate_fisher(
     model: nn.Module,
-    dataloader: Iterable,
+    dataloader: Iterable[Any],
     num_samples: int,
     kind: str = "label",
     statistic: str = "square",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeGuard, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +40,14 @@ class HookedPasses(TorchFunctionMode):
       samples that see each other) sends all parameters to the slow way, where each sample really is alone.
     """
 
-    def __init__(self, params: dict[str, Tensor], fisher: dict[str, Tensor], objective: Objective) -> None:
+    def __init__(self, params: Mapping[str, Tensor], fisher: Mapping[str, Tensor], objective: Objective) -> None:
         super().__init__()
         self.params = {id(p): p for p in params.values()}
         self.fisher = {id(p): fisher[name] for name, p in params.items()}
         self.objective = objective
         self.slow: set[int] = set()
         # Parameters with the ways of using them that were tried out; those of embeddings that all samples share.
-        self.tried: set[tuple] = set()
+        self.tried: set[tuple[int, int, bool]] = set()
         self.positional: set[int] = set()
         self.alone: int | None = None
         self.first = True
@@ -83,7 +83,7 @@ class HookedPasses(TorchFunctionMode):
         self.size, self.known_slow = batch.size, frozenset(self.slow)
         # How often each parameter is used, the ways, and embeddings that all samples share until they are added.
         self.uses: dict[int, int] = {}
-        self.ways: set[tuple] = set()
+        self.ways: set[tuple[int, int, bool]] = set()
         self.shared: dict[int, SharedLookup] = {}
         self.parts: dict[int, list[Part]] = {}
         with self:
@@ -118,7 +118,13 @@ class HookedPasses(TorchFunctionMode):
 
     # -- forward pass --
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if not any(self.special(x) for x in tensors((*args, *kwargs.values()))):
             return func(*args, **kwargs)
@@ -126,15 +132,20 @@ class HookedPasses(TorchFunctionMode):
         result = NotImplemented if rule is None else rule(self, *args, **kwargs)
         return self.unknown(func, args, kwargs) if result is NotImplemented else result
 
-    def special(self, x: Any) -> bool:
+    def special(self, x: object) -> TypeGuard[Tensor]:
         return id(x) in self.params or id(x) in self.shared
 
+    @overload
+    def constant(self, x: Tensor) -> Tensor: ...
+    @overload
+    def constant(self, x: Tensor | None) -> Tensor | None: ...
     def constant(self, x: Tensor | None) -> Tensor | None:
         return x.detach() if self.special(x) else x
 
-    def unknown(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+    def unknown(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that has no rule; its parameters are slow if they affect a result's gradient."""
-        taken, aliases = set(), {}
+        taken: set[int] = set()
+        aliases: dict[int, Tensor] = {}
 
         def alias(x: Any) -> Any:
             if id(x) in self.shared:
@@ -198,7 +209,8 @@ class HookedPasses(TorchFunctionMode):
         """Add the statistics of a parameter whose uses have all given their parts."""
         parts, fisher = self.parts.pop(key), self.fisher[key]
         if len({type(part) for part in parts}) == 1:
-            part = parts[0] if len(parts) == 1 else type(parts[0]).merge(parts)
+            merge = cast("Callable[[list[Part]], Part]", type(parts[0]).merge)
+            part = parts[0] if len(parts) == 1 else merge(parts)
             return part.add_to(fisher, self.objective)
         for i in range(self.size):
             gradient = functools.reduce(torch.add, [part.gradient(i, fisher) for part in parts])
@@ -214,6 +226,7 @@ def leaves(loss: Tensor) -> list[Tensor]:
             continue
         seen.add(node)
         if type(node).__name__ == "AccumulateGrad":
-            found.append(node.variable)
+            # torch's stubs lack this class.
+            found.append(cast("Any", node).variable)
         stack.extend(following for following, _ in node.next_functions)
     return found

@@ -19,7 +19,7 @@ from ..kernels.reference import compute_dtype
 class Batch:
     """Samples: the model's arguments, and labels."""
 
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     labels: Any
     size: int
@@ -95,7 +95,7 @@ def epsilon(params: Iterable[Tensor]) -> float:
     return max(torch.finfo(dtype).eps for dtype in types)
 
 
-def tensors(values: Iterable) -> Iterator[Any]:
+def tensors(values: Iterable[Any]) -> Iterator[Any]:
     for x in values:
         if isinstance(x, tuple | list):
             yield from tensors(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import NotImplementedType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,9 @@ from .objective import wide
 if TYPE_CHECKING:
     from .hooked import HookedPasses
 
+# What a rule returns: the output, or that it does not apply.
+Output = Tensor | NotImplementedType
+
 
 def _matrix(x: Tensor, grads: Tensor, by_sample: Callable[[Tensor], Tensor]) -> Product:
     # Under autocast the function has multiplied what it was given in the type of its result.
@@ -26,7 +30,7 @@ def _bias(grads: Tensor) -> Dense:
     return Dense(wide(grads).sum(1))
 
 
-def _linear(passes: HookedPasses, input, weight, bias=None):
+def _linear(passes: HookedPasses, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Output:
     rows = input.dim() - 1
     if passes.special(input) or not passes.splits(input.shape[:rows]) or rows == 0:
         return NotImplemented
@@ -35,7 +39,9 @@ def _linear(passes: HookedPasses, input, weight, bias=None):
     return passes.record(output, rows, (weight, lambda d: _matrix(input, d, by_sample)), (bias, _bias))
 
 
-def _addmm(passes: HookedPasses, input, mat1, mat2, *, beta=1, alpha=1):
+def _addmm(
+    passes: HookedPasses, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Output:
     """transformers' Conv1D: a linear layer whose weight is [in, out]."""
     if beta != 1 or alpha != 1 or input.dim() != 1 or passes.special(mat1) or not passes.splits(mat1.shape[:1]):
         return NotImplemented
@@ -50,14 +56,14 @@ def _addmm(passes: HookedPasses, input, mat1, mat2, *, beta=1, alpha=1):
 
 def _embedding(
     passes: HookedPasses,
-    input,
-    weight,
-    padding_idx=None,
-    max_norm=None,
-    norm_type=2.0,
-    scale_grad_by_freq=False,
-    sparse=False,
-):
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Output:
     if max_norm is not None or scale_grad_by_freq or id(weight) not in passes.params or input.numel() == 0:
         return NotImplemented
     output = F.embedding(input, weight.detach())
@@ -80,7 +86,15 @@ def _embedding(
     return output
 
 
-def _affine(normalise: Callable[[Tensor], Tensor], passes: HookedPasses, output, input, weight, bias, channels: bool):
+def _affine(
+    normalise: Callable[[Tensor], Tensor],
+    passes: HookedPasses,
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channels: bool,
+) -> Tensor:
     """For a normalised input; the parameters span the last dimensions, or the channels, followed by others."""
     shape = next(p.shape for p in (weight, bias) if p is not None)
     rows = 1 if channels else input.dim() - len(shape)
@@ -95,7 +109,14 @@ def _affine(normalise: Callable[[Tensor], Tensor], passes: HookedPasses, output,
     return passes.record(output, rows, (weight, scale), (bias, lambda d: total(wide(d))))
 
 
-def _layer_norm(passes: HookedPasses, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+def _layer_norm(
+    passes: HookedPasses,
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Output:
     if passes.special(input) or not passes.splits(input.shape[: input.dim() - len(normalized_shape)]):
         return NotImplemented
     output = F.layer_norm(input, normalized_shape, passes.constant(weight), passes.constant(bias), eps)
@@ -103,7 +124,13 @@ def _layer_norm(passes: HookedPasses, input, normalized_shape, weight=None, bias
     return _affine(normalise, passes, output, input, weight, bias, channels=False)
 
 
-def _rms_norm(passes: HookedPasses, input, normalized_shape, weight=None, eps=None):
+def _rms_norm(
+    passes: HookedPasses,
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Output:
     if passes.special(input) or not passes.splits(input.shape[: input.dim() - len(normalized_shape)]):
         return NotImplemented
     output = F.rms_norm(input, normalized_shape, passes.constant(weight), eps)
@@ -111,7 +138,14 @@ def _rms_norm(passes: HookedPasses, input, normalized_shape, weight=None, eps=No
     return _affine(normalise, passes, output, input, weight, None, channels=False)
 
 
-def _group_norm(passes: HookedPasses, input, num_groups, weight=None, bias=None, eps=1e-5):
+def _group_norm(
+    passes: HookedPasses,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Output:
     if passes.special(input) or not passes.splits(input.shape[:1]):
         return NotImplemented
     output = F.group_norm(input, num_groups, passes.constant(weight), passes.constant(bias), eps)
@@ -121,28 +155,37 @@ def _group_norm(passes: HookedPasses, input, num_groups, weight=None, bias=None,
 
 def _batch_norm(
     passes: HookedPasses,
-    input,
-    running_mean,
-    running_var,
-    weight=None,
-    bias=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
-):
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Output:
     """In eval mode. With batch statistics, samples would depend on each other."""
     if training or passes.special(input) or not passes.splits(input.shape[:1]):
         return NotImplemented
-    statistics = (running_mean, running_var)
-    output = F.batch_norm(input, *statistics, passes.constant(weight), passes.constant(bias), False, momentum, eps)
+    constants = (passes.constant(weight), passes.constant(bias))
+    output = F.batch_norm(input, running_mean, running_var, *constants, False, momentum, eps)
 
     def normalise(x: Tensor) -> Tensor:
-        return F.batch_norm(x, *(statistic.to(x.dtype) for statistic in statistics), eps=eps)
+        return F.batch_norm(x, running_mean.to(x.dtype), running_var.to(x.dtype), eps=eps)
 
     return _affine(normalise, passes, output, input, weight, bias, channels=True)
 
 
-def _conv2d(passes: HookedPasses, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def _conv2d(
+    passes: HookedPasses,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Output:
     if input.dim() != 4 or passes.special(input) or not passes.splits(input.shape[:1]):
         return NotImplemented
     output = F.conv2d(input, passes.constant(weight), passes.constant(bias), stride, padding, dilation, groups)
@@ -174,7 +217,9 @@ def _conv2d(passes: HookedPasses, input, weight, bias=None, stride=1, padding=0,
     return passes.record(output, 1, (weight, product), (bias, total))
 
 
-def _broadcast(func: Callable, passes: HookedPasses, *args, in_place: bool = False, **kwargs):
+def _broadcast(
+    func: Callable[..., Tensor], passes: HookedPasses, *args: Any, in_place: bool = False, **kwargs: Any
+) -> Output:
     """Sums, products and expand: one copy of the parameter per sample, without memory, receives the gradients."""
     if any(map(passes.special, kwargs.values())) or (in_place and passes.special(args[0])):
         return NotImplemented
@@ -197,25 +242,29 @@ def _broadcast(func: Callable, passes: HookedPasses, *args, in_place: bool = Fal
 
 def _copies(passes: HookedPasses, x: Tensor, one: tuple[int, ...]) -> Tensor:
     """x, a parameter or a shared embedding, as [samples, *one[1:]]."""
-    shared, key = passes.shared.get(id(x)), id(x)
-    if shared is None:
-
-        def make(d: Tensor) -> Dense:
-            return Dense(wide(d).reshape(passes.size, *x.shape))
+    make: Callable[[Tensor], Part]
+    if (shared := passes.shared.get(id(x))) is None:
+        key = id(x)
+        make = functools.partial(_copied, shape=(passes.size, *x.shape))
     else:
         key, indices = shared.key, shared.indices.reshape(1, -1).expand(passes.size, -1)
-
-        def make(d: Tensor) -> Any:
-            return shared.lookup(indices, d.reshape(*indices.shape, -1))
-
+        make = functools.partial(_looked_up, shared, indices)
     copies = x.detach().view(one).expand(passes.size, *one[1:])
     # Nothing changes an operand in place, so it can be a leaf.
     return passes.record(copies if key in passes.slow else copies.requires_grad_(), 1, (passes.params[key], make))
 
 
+def _copied(grads: Tensor, shape: tuple[int, ...]) -> Dense:
+    return Dense(wide(grads).reshape(shape))
+
+
+def _looked_up(shared: SharedLookup, indices: Tensor, grads: Tensor) -> Lookup:
+    return shared.lookup(indices, grads.reshape(*indices.shape, -1))
+
+
 ELEMENTWISE = ("add", "sub", "mul", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__")
 IN_PLACE = ("add_", "sub_", "mul_", "__iadd__", "__isub__", "__imul__")
-RULES: dict[Callable, Callable] = {
+RULES: dict[Callable[..., Any], Callable[..., Output]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
     F.embedding: _embedding,

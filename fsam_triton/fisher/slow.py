@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from .objective import Batch, Objective, epsilon, tensors, wide
 
@@ -26,7 +27,7 @@ class SlowPasses:
     """
 
     def __init__(
-        self, model: nn.Module, params: dict[str, Tensor], fisher: dict[str, Tensor], objective: Objective
+        self, model: nn.Module, params: Mapping[str, Tensor], fisher: dict[str, Tensor], objective: Objective
     ) -> None:
         self.model, self.params, self.fisher, self.objective = model, params, fisher, objective
         # The parameters that vmap was compared for, and whether it was right.
@@ -76,22 +77,26 @@ class SlowPasses:
                 totals[name] += values.sum(0)
         return totals
 
-    def of_sample(self, params: dict[str, Tensor], flat: list, is_row: list[bool], spec: Any, *rows: Tensor) -> dict:
+    def of_sample(
+        self, params: dict[str, Tensor], flat: list[Any], is_row: list[bool], spec: TreeSpec, *rows: Tensor
+    ) -> dict[str, Tensor]:
         """One sample's statistics by name, with the sample's own tensors in the places of the batch's."""
         own = iter(rows)
-        parts = tree_unflatten([next(own)[None] if row else x for x, row in zip(flat, is_row, strict=True)], spec)
-        sample = Batch(*parts, 1)
+        rebuilt = [next(own)[None] if row else x for x, row in zip(flat, is_row, strict=True)]
+        args, kwargs, labels = tree_unflatten(rebuilt, spec)
+        sample = Batch(args, kwargs, labels, 1)
 
         def losses(params: dict[str, Tensor]) -> Tensor:
             output = torch.func.functional_call(self.model, params, sample.args, sample.kwargs)
             return self.objective(output, sample)[0]
 
-        values, vjp = torch.func.vjp(losses, params)
-        totals = dict.fromkeys(params, 0.0)
+        # Of a function without a second result there are two.
+        values, vjp = cast("tuple[Tensor, Callable[[Tensor], Any]]", torch.func.vjp(losses, params))
+        totals: dict[str, Tensor | float] = dict.fromkeys(params, 0.0)
         for one in torch.eye(len(values), dtype=values.dtype, device=values.device):
             for name, grads in vjp(one)[0].items():
                 totals[name] = totals[name] + self.objective.statistic(wide(grads))
-        return totals
+        return cast("dict[str, Tensor]", totals)
 
     def by_loop(self, names: list[str], batch: Batch) -> dict[str, Tensor]:
         """Sums over the samples by name."""
@@ -118,8 +123,14 @@ class Aliases(TorchFunctionMode):
         super().__init__()
         self.own = {id(p): p.detach().requires_grad_() for p in params}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if any(id(x) in self.own for x in tensors((*args, *kwargs.values()))):
-            args, kwargs = tree_map(lambda x: self.own.get(id(x), x), (args, kwargs))
-        return func(*args, **kwargs)
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        named = kwargs or {}
+        if any(id(x) in self.own for x in tensors((*args, *named.values()))):
+            args, named = tree_map(lambda x: self.own.get(id(x), x), (args, named))
+        return func(*args, **named)

@@ -1,6 +1,7 @@
 """A trainer for axolotl, by its name in the YAML file: ``trainer_cls``."""
 
-from axolotl.core.trainers.base import AxolotlTrainer
+# Not in the development environment: it wants versions of its own of everything.
+from axolotl.core.trainers.base import AxolotlTrainer  # pyright: ignore[reportMissingImports]
 
 from .transformers import SharpnessAwareMixin
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
@@ -13,10 +13,13 @@ from ..batches.samples import first_samples
 from ..optim.optimizer import FusedOptimizer
 from ..optim.two_pass import TwoPass
 
-try:
-    from lightning.pytorch import Callback, LightningModule, Trainer
-except ImportError:
+if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
+else:
+    try:
+        from lightning.pytorch import Callback, LightningModule, Trainer
+    except ImportError:
+        from pytorch_lightning import Callback, LightningModule, Trainer
 
 
 class SharpnessAware(Callback):
@@ -86,11 +89,13 @@ class SharpnessAware(Callback):
             if loss is not None:
                 trainer.strategy.backward(loss / trainer.accumulate_grad_batches, optimizer)
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         # Lightning leaves out the step if training_step returned None for the last micro-batch.
         _restore(trainer)
 
-    def on_exception(self, trainer: Trainer, *args: Any) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         _leave_whole(trainer)
         _restore(trainer)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import inspect
 from typing import Any
 
 from ..errors import check
@@ -68,8 +67,7 @@ def _value(text: str) -> Any:
 def _made(name: str, arguments: dict[str, Any]) -> Any:
     check(name in _PARTS, "optim_args", f"{name}.{next(iter(arguments))}", f"must be of {' or '.join(_PARTS)}")
     part = _PARTS[name]
-    fields = dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()
-    names = [field.name for field in fields] or list(inspect.signature(part).parameters)
+    names = [field.name for field in dataclasses.fields(part)]
     for argument in arguments:
         check(argument in names, "optim_args", f"{name}.{argument}", f"must be one of {', '.join(names)}")
     return part(**arguments)

@@ -7,7 +7,7 @@ import copy
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..batches.samples import first_samples
 from ..errors import check
-from ..optim.adamw_l2sp import AdamWL2SP
 from ..optim.flat_lora import FlatLoRA
 from ..optim.fsam import FSAM
 from ..optim.optimizer import FusedOptimizer
@@ -26,12 +25,12 @@ from .optim_args import parse_optim_args
 def create_optimizer(
     model: nn.Module,
     args: TrainingArguments,
-    optimizer_cls: type[AdamWL2SP] = FSAM,
+    optimizer_cls: type[FusedOptimizer] = FSAM,
     *,
     novel: Collection[str] = (),
     decays: Collection[str] | None = None,
     **kwargs: Any,
-) -> AdamWL2SP:
+) -> FusedOptimizer:
     """An optimizer with Trainer's groups, parameter names, and the TrainingArguments' settings for AdamW.
 
     Args:
@@ -65,7 +64,7 @@ def create_optimizer(
         kwargs["anchors"] = {name: p for name, p in named if name not in set(novel)}
     if decays is None:
         # It is a method, but of the model alone.
-        decays = Trainer.get_decay_parameter_names(None, model)
+        decays = Trainer.get_decay_parameter_names(cast("Trainer", None), model)
     decays = set(decays)
     groups = [
         {"params": [(name, p) for name, p in named if name in decays]},
@@ -100,7 +99,14 @@ class _Pass:
     fraction: float = 1.0
 
 
-class SharpnessAwareMixin:
+# The class below, whichever it is.
+if TYPE_CHECKING:
+    _Below = Trainer
+else:
+    _Below = object
+
+
+class SharpnessAwareMixin(_Below):
     """Gives each step of transformers' Trainer, or of a class derived from it, two passes; put it before that class.
 
     The gradients of all micro-batches of a step determine the perturbation; then the same micro-batches are passed
@@ -154,13 +160,14 @@ class SharpnessAwareMixin:
         allowed = "must be None: use FSDP with fsdp_version 2 or, in DeepSpeed, AdamWL2SP with transformers' Trainer"
         check(not self.is_deepspeed_enabled, "args.deepspeed", self.args.deepspeed, allowed)
         if self.is_fsdp_enabled:
-            version = self.accelerator.state.fsdp_plugin.fsdp_version
+            plugin = self.accelerator.state.fsdp_plugin
+            version = None if plugin is None else plugin.fsdp_version
             check(version == 2, "args.fsdp_config", f"fsdp_version {version}", "must be fsdp_version 2")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the FSAM, unless there is one, as `transformers.Trainer.create_optimizer`."""
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-            model = self.model if model is None else model
+            model = cast("nn.Module", self.model) if model is None else model
             decays = self.get_decay_parameter_names(model)
             self.optimizer = create_optimizer(model, self.args, **{"decays": decays, **self.optimizer_kwargs})
         optimizer = super().create_optimizer(model)
@@ -170,11 +177,6 @@ class SharpnessAwareMixin:
         gamma = getattr(own, "gamma", 1)
         check(gamma == 1, "gamma", gamma, "must be 1 with a Trainer: it has no losses of single samples")
         return optimizer
-
-    @property
-    def _takes_two_passes(self) -> bool:
-        """Whether the coming step takes two passes."""
-        return isinstance(self._sam, TwoPass) and self._sam.is_sharp
 
     @property
     def _sam(self) -> torch.optim.Optimizer:
@@ -201,9 +203,9 @@ class SharpnessAwareMixin:
         Returns:
             The loss at the clean weights.
         """
-        if not self._takes_two_passes:
-            return super().training_step(model, inputs, num_items_in_batch)
         optimizer = self._sam
+        if not (isinstance(optimizer, TwoPass) and optimizer.is_sharp):
+            return super().training_step(model, inputs, num_items_in_batch)
         random = _random_state(self.args.device) if self.same_dropout else None
         self._passed.append(_Pass(inputs, num_items_in_batch, random, fraction=optimizer.ascent_fraction))
         try:
@@ -253,7 +255,7 @@ class SharpnessAwareMixin:
         Raises:
             ArgumentError: inputs have no labels: rows can depend on each other, as pairs of preferences do.
         """
-        fraction = self._sam.ascent_fraction
+        fraction = cast("TwoPass", self._sam).ascent_fraction
         labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
         fits = isinstance(labels, Tensor) and labels.dim() > 0
         allowed = f"must be 1 with inputs without labels in {type(self).__name__}, or override ascent_inputs"
@@ -370,7 +372,8 @@ class FlatLoRACallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Change the noise for the next step."""
-        self.flat.step = state.global_step
+        if self.flat is not None:
+            self.flat.step = state.global_step
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the noise off the model."""

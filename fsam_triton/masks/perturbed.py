@@ -84,7 +84,7 @@ class FisherMask:
             return p.dim() > 1 and not (name and any(part in name.lower() for part in DEFAULT_EXCLUDE))
         needs_name = len(self.exclude) > 0
         check(name is not None or not needs_name, "exclude", self.exclude, "needs names: pass named_parameters()")
-        return not any(part.lower() in name.lower() for part in self.exclude) if needs_name else True
+        return name is None or not any(part.lower() in name.lower() for part in self.exclude)
 
     def count(self, selectable: Sequence[torch.Size]) -> int:
         """The number of weights that the mask may keep.
@@ -108,4 +108,6 @@ class FisherMask:
         n = math.prod(shape)
         if self.unit == "row":
             return n // max(shape[0], 1) if shape else n
-        return n if self.unit == "tensor" else min(n, 1 if self.unit == "element" else self.unit)
+        if isinstance(self.unit, int):
+            return min(n, self.unit)
+        return n if self.unit == "tensor" else min(n, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,7 @@ def choose(
     if mask.unit != "element":
         _choose_units(mask, selectable, scores, k, key, squared)
     elif mask.scores == "fisher":
+        assert scores is not None
         select_top_k(selectable, scores, k)
     else:
         select_top_k(selectable, _random_scores(selectable, key), k)
@@ -121,11 +123,11 @@ def _sums(units: Tensor, squared: bool) -> Tensor:
     """Sums of the scores, fp64 [units]."""
     rows = units.reshape(len(units), -1)
 
-    def scores(part: Tensor) -> Tensor:
-        return part.double() if squared else part.double().square()
+    def total(part: Tensor) -> Tensor:
+        return (part.double() if squared else part.double().square()).sum(1)
 
     blocks = rows.split(max(_PIECE // rows.shape[1], 1))
-    return torch.cat([sum(scores(part).sum(1) for part in block.split(_PIECE, 1)) for block in blocks])
+    return torch.cat([functools.reduce(torch.add, map(total, block.split(_PIECE, 1))) for block in blocks])
 
 
 def kth_largest(parts: Sequence[tuple[Lanes | None, Tensor]], k: int) -> tuple[Tensor, Tensor, bool]:
@@ -228,4 +230,4 @@ def _of_each_tensor(all_lanes: Sequence[Lanes], measure: Callable[[Tensor], Tens
 
 def _count_ones(words: Tensor) -> Tensor:
     # Bit by bit: all bits of a tensor at once would take as much memory as its weights.
-    return sum(((words >> bit) & 1).sum() for bit in range(32))
+    return functools.reduce(torch.add, (((words >> bit) & 1).sum() for bit in range(32)))

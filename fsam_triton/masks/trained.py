@@ -360,7 +360,7 @@ def _gaps(indices: Tensor) -> Tensor:
     """The number of weights between neighbouring indices; a gap of q * escape + r is q times the escape, then r."""
     gaps = indices.long().diff(prepend=torch.tensor([-1])) - 1
     size = {dtype: dtype.itemsize * (len(gaps) + int((gaps // escape).sum())) for dtype, escape in _CODES.items()}
-    dtype = min(size, key=size.get)
+    dtype = min(size, key=lambda dtype: size[dtype])
     ends = (gaps // _CODES[dtype] + 1).cumsum(0) - 1
     codes = torch.full((size[dtype] // dtype.itemsize,), _CODES[dtype])
     codes[ends] = gaps % _CODES[dtype]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import ops
-from ..buffers.lanes import Lanes, name_of
-from ..buffers.ledger import Ledger
+from ..buffers.lanes import Gradients, Lanes, name_of
+from ..buffers.ledger import Found, Ledger
 from ..buffers.perturbed import Perturbed
 from ..buffers.sharded import OtherParts, is_sharded, sum_over_shards
 from ..errors import check
@@ -27,7 +27,6 @@ from . import coefficients
 _ASCENT = 0x3C6EF372
 _NEXT_ASCENT = 0x165667B2
 _MASK = 0xA54FF53A
-Found = list[tuple[Lanes, list[Tensor | None]]]
 
 
 def move(
@@ -136,38 +135,26 @@ class Ascent:
 
     def check_parameters(self, group: Mapping[str, Any]) -> None:
         """Refuse a group whose parameters the mask cannot be chosen over."""
-        single = self.mask is None or self.mask.unit == "element" or not any(map(is_sharded, group["params"]))
-        check(single, "mask.unit", single or self.mask.unit, 'must be "element" with sharded parameters')
+        if self.mask is not None and self.mask.unit != "element":
+            sharded = any(map(is_sharded, group["params"]))
+            check(not sharded, "mask.unit", self.mask.unit, 'must be "element" with sharded parameters')
 
     # -- masks ---------------------------------------------------------------------------------------------------------
 
-    def _selects_from(self, lanes: Lanes) -> list[int]:
-        """The parameters that the mask chooses from, by their numbers in the lanes."""
+    def _selects_from(self, lanes: Lanes, frozen: bool = False) -> list[int]:
+        """The parameters that the mask chooses from, or would choose from if they were not frozen, by their numbers."""
+        if (mask := self.mask) is None:
+            return []
         return [
             i
             for i, member in enumerate(lanes.members)
-            if member.p.requires_grad and self.mask.selects_from(member.name, member.p)
+            if member.p.requires_grad is not frozen and mask.selects_from(member.name, member.p)
         ]
 
-    def _frozen(self, lanes: Lanes) -> list[int]:
-        """The parameters that the mask would choose from, were they not frozen: nothing of them is chosen."""
-        return [
-            i
-            for i, member in enumerate(lanes.members)
-            if not member.p.requires_grad and self.mask.selects_from(member.name, member.p)
-        ]
-
-    def check_count(self, groups: Iterable[Mapping[str, Any]]) -> int:
-        """How many weights the mask may keep.
-
-        Raises:
-            ArgumentError: too few to keep any unit.
-        """
-        shapes = []
-        for group in groups:
-            pairs = [(name_of(group, i), p) for i, p in enumerate(group["params"])]
-            shapes += [p.shape for name, p in pairs if p.requires_grad and self.mask.selects_from(name, p)]
-        return self.mask.count(shapes)
+    def check_count(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Raise an ArgumentError if the mask may keep too few weights to keep any unit."""
+        if self.mask is not None:
+            _count(self.mask, groups)
 
     def moves_excluded(self) -> bool:
         """Whether tensors that the mask does not choose from are perturbed."""
@@ -221,17 +208,18 @@ class Ascent:
 
     def _add_up(self, found: Found) -> None:
         """Add the squares of the gradients, unscaled, to what the next choice of the mask goes by."""
-        overflowed = None if self.scale is None else self._overflowed(found)
+        scaled = None if self.scale is None else (self._overflowed(found), self.scale)
         for lanes, grads in found:
-            lanes.lane("fisher", compute_dtype(lanes.dtype))
-            own = [i for i in self._selects_from(lanes) if grads[i] is not None]
+            dtype = lanes.lane("fisher", compute_dtype(lanes.dtype)).dtype
+            own = {i: grad for i in self._selects_from(lanes) if (grad := grads[i]) is not None}
             squares = [lanes.views("fisher")[i] for i in own]
-            here = [grads[i].to(squares[0].dtype) for i in own]
-            if self.scale is not None and own:
-                skip, scale = (t.to(lanes.device, non_blocking=True) for t in (overflowed, self.scale))
+            here = [grad.to(dtype) for grad in own.values()]
+            if scaled is not None and own:
+                skip, scale = (t.to(lanes.device, non_blocking=True) for t in scaled)
                 here = [(grad / scale).masked_fill_(skip, 0.0) for grad in here]
             if own:
-                torch._foreach_addcmul_(squares, here, here)
+                # torch has it without saying so.
+                torch._foreach_addcmul_(squares, here, here)  # pyright: ignore[reportPrivateImportUsage]
 
     def _refresh(self, ledger: Ledger, found: Found, groups: list[dict[str, Any]], ascents: int) -> None:
         """Choose the mask again where it is due, from the present gradients or the squares added up before."""
@@ -241,32 +229,33 @@ class Ascent:
             self._add_up(found)
         if ascents % self.mask.interval == 0:
             for lanes in ledger:
-                words = self.words(lanes)
-                for i in self._frozen(lanes):
-                    lanes.plan.words(words, i).zero_()
+                self.words(lanes)
+                # Nothing of them is chosen.
+                for i in self._selects_from(lanes, frozen=True):
+                    lanes.plan.words(lanes.lanes["mask"], i).zero_()
             selectable = [(lanes, own) for lanes in ledger if (own := self._selects_from(lanes))]
             scores = None
             if self.mask.scores == "fisher":
                 by_lanes = {id(lanes): grads for lanes, grads in found}
-                none: list[None] = []
-                scores = [self._scores(lanes, own, by_lanes.get(id(lanes), none)) for lanes, own in selectable]
+                scores = [self._scores(lanes, own, by_lanes.get(id(lanes), ())) for lanes, own in selectable]
             key = self.seed + (_MASK + ascents << 32)
-            choose(self.mask, selectable, scores, self.check_count(groups), key, squared=self.adds_up)
+            choose(self.mask, selectable, scores, _count(self.mask, groups), key, squared=self.adds_up)
             self._unmoved = None
             for lanes in ledger:
                 lanes.drop("fisher")
                 lanes.drop("scores")
 
-    def _scores(self, lanes: Lanes, selectable: list[int], grads: Sequence[Tensor | None]) -> Tensor:
+    def _scores(self, lanes: Lanes, selectable: list[int], grads: Gradients) -> Tensor:
         """What the mask is chosen by, in the layout of the lanes."""
         if self.adds_up:
             return lanes.lane("fisher", compute_dtype(lanes.dtype))
         # Nothing is in a backup before the perturbation, and it takes no memory that is not needed anyway.
         flat = lanes.lane("scores" if lanes.counts_steps or self.backup_format else "backup", lanes.dtype).zero_()
-        own = [i for i in selectable if grads and grads[i] is not None]
+        own = {i: grad.detach() for i in selectable if grads and (grad := grads[i]) is not None}
         if own:
             parts = [lanes.plan.part(flat, i).as_strided(lanes.shapes[i], lanes.strides[i]) for i in own]
-            torch._foreach_copy_(parts, [grads[i].detach() for i in own])
+            # torch has it without saying so.
+            torch._foreach_copy_(parts, list(own.values()))  # pyright: ignore[reportPrivateImportUsage]
         return flat
 
     # -- draws ---------------------------------------------------------------------------------------------------------
@@ -394,7 +383,8 @@ class Ascent:
         rows = [(rho[id(group)] / beta, beta - 0.5) for group in lanes.groups]
         # A direction that is made of more than the gradient has been unscaled.
         scale = None if self.sigma > 0 or self.preconditioned else self.scale
-        norm_sq, scale = (None if t is None else t.to(lanes.device, non_blocking=True) for t in (norm_sq, scale))
+        norm_sq = norm_sq.to(lanes.device, non_blocking=True)
+        scale = None if scale is None else scale.to(lanes.device, non_blocking=True)
         about, dtype = lanes.about_members(), compute_dtype(lanes.dtype)
         return ops.climb_coefficients(lanes.numbers("ascent", rows), about, lanes.steps, purpose, norm_sq, scale, dtype)
 
@@ -415,3 +405,12 @@ class Ascent:
             for i, (p, count) in enumerate(zip(lanes.params, own, strict=True)):
                 out[p] = count / max(p.numel(), 1) if i in selectable else float(self.moves_excluded())
         return out
+
+
+def _count(mask: FisherMask, groups: Iterable[Mapping[str, Any]]) -> int:
+    """How many weights of these groups the mask may keep."""
+    shapes = []
+    for group in groups:
+        pairs = [(name_of(group, i), p) for i, p in enumerate(group["params"])]
+        shapes += [p.shape for name, p in pairs if p.requires_grad and mask.selects_from(name, p)]
+    return mask.count(shapes)

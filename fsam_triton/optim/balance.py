@@ -102,11 +102,12 @@ class Balance:
             self.check(groups, None)
             self._pairs = _places(ledger)
             self._generation = ledger.generation
-        found = {}
+        found: dict[int, Tensor] = {}
         for half in work:
             if self.by == "gradients":
-                half.squares = ops.norms_sq(half.segments)
-            squares = half.squares if self.by == "gradients" else _of_weights(half)
+                squares = half.squares = ops.norms_sq(half.segments)
+            else:
+                squares = _of_weights(half)
             if not all(half.active):
                 squares = torch.where(half.lanes.flags(half.active), squares, float("nan"))
             found[id(half.lanes)] = squares.to(ledger.home, non_blocking=True)
@@ -131,9 +132,8 @@ def _missing(lanes: Lanes, home: torch.device) -> Tensor:
 def _of_weights(half: Half) -> Tensor:
     """Squared norms of the clean weights that take part in an update."""
     check(half.steps is None, "balance_by", "weights", 'must be "gradients" with backup_format')
-    clean = half.segments.tensors["clean"]
-    taking_part = [weight if now else None for weight, now in zip(clean, half.active, strict=True)]
-    segments = half.lanes.segments(taking_part, weight=half.segments.tensors["weight"], half="balance")
+    taking_part = [weight if now else None for weight, now in zip(half.segments.clean, half.active, strict=True)]
+    segments = half.lanes.segments(taking_part, weight=half.segments.weight, half="balance")
     return ops.norms_sq(segments)
 
 
@@ -149,7 +149,7 @@ def _places(ledger: Ledger) -> dict[int, Tensor]:
         rows = []
         for i, member in enumerate(lanes.members, start):
             other = None if member.name is None else partner_of(member.name)
-            rows.append((i, places.get(other, i)))
+            rows.append((i, i if other is None else places.get(other, i)))
         own[id(lanes)] = upload(torch.tensor(rows, dtype=torch.int64), lanes.device)
         start += len(rows)
     return own

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..buffers.lanes import SHOWN, Lanes
+from ..buffers.lanes import SHOWN, Lanes, State
 from ..buffers.ledger import Ledger
 from ..errors import check
 from ..kernels import spec
@@ -46,7 +46,7 @@ def checked_state(
     ledger: Ledger,
     rule: Rule,
     is_coded: Callable[[Lanes], bool],
-) -> dict[Parameter, dict[str, Any]]:
+) -> State:
     """The entries of a state dict by parameter; codes of 8 bits as floats for lanes that are not to have codes.
 
     Raises:
@@ -54,7 +54,7 @@ def checked_state(
     """
     numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in groups)
-    out = {}
+    out: State = {}
     for number, p in zip(numbers, params, strict=True):
         entry = state_dict["state"].get(number)
         if entry is None:
@@ -69,7 +69,7 @@ def checked_state(
         _check_names(label, entry, required)
         for name, value in entry.items():
             # torch.optim.SGD has written None where there is no momentum.
-            if value is None and name not in required:
+            if name not in required and value is None:
                 continue
             _check_value(f"{label}, {name!r}", name, value, is_coded=f"{name}_scale" in entry)
             if name != "step":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -37,7 +37,7 @@ class CleanView:
         self._handles: list[Any] = []
         # Of the ledger whose parameters have been looked for.
         self._generation = 0
-        self._finalizer: weakref.finalize | None = None
+        self._finalizer: weakref.finalize[[], Ledger] | None = None
 
     def find(self, params: Iterable[Parameter]) -> None:
         """Look for the modules that own these parameters."""
@@ -123,20 +123,24 @@ class _ShowClean:
         # What is shown for a parameter, while somebody has it.
         self._shown: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
-    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict) -> None:
+    def __call__(
+        self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+    ) -> None:
         if (ledger := self._ledger()) is None:
             return
         for name, p in module._parameters.items():
             shown = state_dict.get(prefix + name)
             # With keep_vars=True the parameter itself is wanted.
-            if shown is not None and shown is not p and (clean := ledger.clean_weight(p)) is not None:
+            if p is None or shown is None or shown is p:
+                continue
+            if (clean := ledger.clean_weight(p)) is not None:
                 # A tied parameter shares one storage in the state dict too, so that it is saved once.
                 before = self._shown.get(id(p))
                 if before is None or (before.dtype, before.device) != (clean.dtype, clean.device):
                     self._shown[id(p)] = before = clean
                 state_dict[prefix + name] = before
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise RuntimeError(
             "the model's weights are perturbed: call step() or restore() of the optimizer before copying or pickling it"
         )

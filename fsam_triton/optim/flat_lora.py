@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,30 @@ from ..kernels.reference import compute_dtype
 from . import coefficients
 from .rules import is_finite
 from .uncompiled import uncompiled
+
+if TYPE_CHECKING:
+
+    class _BaseLayer(nn.Module):
+        """A linear layer: torch's, transformers' Conv1D or, with the last two attributes, bitsandbytes' Linear4bit."""
+
+        weight: nn.Parameter
+        bias: nn.Parameter | None
+        compute_dtype: torch.dtype | None
+        compute_type_is_set: bool
+
+        def set_compute_type(self, x: Tensor) -> None: ...
+
+    class _Lora(nn.Module):
+        """peft's module around a linear layer."""
+
+        base_layer: _BaseLayer
+        lora_A: Mapping[str, nn.Linear]
+        lora_B: Mapping[str, nn.Linear]
+        scaling: Mapping[str, float]
+        active_adapters: list[str]
+        disable_adapters: bool
+        merged: bool
+
 
 _NOISE = 0x2B992DDF
 
@@ -86,7 +110,7 @@ class FlatLoRA:
         check(step >= 0, "step", step, "must be >= 0")
         _check_checkpoints(model)
         self.sigma, self.total_steps, self.seed, self.step = sigma, total_steps, seed, step
-        found = [(name, module) for name, module in model.named_modules() if _is_lora_of_linear(module)]
+        found = [(name, module) for name, module in model.named_modules() if _is_lora(module)]
         check(bool(found), "model", type(model).__name__, "must have LoRA layers of peft")
         for name, module in found:
             _check_layer(name, module)
@@ -145,13 +169,13 @@ class _NoisyForward:
         number: of the layer in the model.
     """
 
-    def __init__(self, flat: FlatLoRA, lora: nn.Module, number: int) -> None:
+    def __init__(self, flat: FlatLoRA, lora: _Lora, number: int) -> None:
         self.flat, self.lora, self.base, self.number = flat, lora, lora.base_layer, number
         self.by_column = _is_transposed(self.base)
         # Squared norms of the rows of W, and what tells whether these are still its numbers.
-        self._rows_sq: tuple[Any, Tensor | None] = None, None
+        self._rows_sq: tuple[tuple[int, int, torch.device], Tensor] | None = None
         # The standard deviations of a step's noise, and which step's.
-        self._scale: tuple[Any, Tensor | None] = None, None
+        self._scale: tuple[tuple[int, torch.device], Tensor] | None = None
 
     @property
     def _is_on(self) -> bool:
@@ -185,7 +209,7 @@ class _NoisyForward:
     def deviations(self, w: Tensor) -> Tensor:
         """The standard deviation of the noise of each output at this step, [outputs]; w: the weight, dense."""
         flat, now = self.flat, (self.flat.step, w.device)
-        if self._scale[0] != now:
+        if self._scale is None or self._scale[0] != now:
             inputs = w.shape[0] if self.by_column else w.shape[1]
             norms = self._merged_rows_sq(w.T if self.by_column else w).clamp(min=0).sqrt()
             self._scale = now, (flat.strength / math.sqrt(inputs) * norms).contiguous()
@@ -196,7 +220,7 @@ class _NoisyForward:
         compute = compute_dtype(w.dtype)
         weight = self.base.weight
         now = weight.data_ptr(), weight._version, w.device
-        if self._rows_sq[0] != now:
+        if self._rows_sq is None or self._rows_sq[0] != now:
             self._rows_sq = now, torch.linalg.vector_norm(w, dim=1, dtype=compute).square()
         total, lora = self._rows_sq[1], self.lora
         active = [name for name in lora.active_adapters if name in lora.lora_A]
@@ -261,9 +285,12 @@ class _Linear(torch.autograd.Function):
         w = noisy.make()
         return nn.functional.linear(x, w.T if noisy.layer.by_column else w, bias)
 
+    # The decorator hides the names of the parameters.
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         of_x = of_bias = None
         if ctx.needs_input_grad[0]:
             w = ctx.noisy.make()
@@ -281,7 +308,7 @@ def _dequantised(weight: Any) -> Tensor:
     return dequantize_4bit(weight.detach(), weight.quant_state)
 
 
-def _is_4bit(layer: nn.Module) -> bool:
+def _is_4bit(layer: _BaseLayer) -> bool:
     return hasattr(layer.weight, "quant_state") and hasattr(layer, "compute_type_is_set")
 
 
@@ -290,12 +317,13 @@ def _is_transposed(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
 
 
-def _is_lora_of_linear(module: nn.Module) -> bool:
+def _is_lora(module: nn.Module) -> TypeGuard[_Lora]:
+    """Whether it is a LoRA layer around a linear one."""
     base = getattr(module, "base_layer", None)
     return hasattr(module, "lora_A") and (isinstance(base, nn.Linear) or (base is not None and _is_transposed(base)))
 
 
-def _check_layer(name: str, module: nn.Module) -> None:
+def _check_layer(name: str, module: _Lora) -> None:
     base, label = module.base_layer, f"layer {name!r}"
     own = vars(base).get("forward")
     is_plain = own is None or getattr(own, "__func__", None) is type(base).forward
@@ -310,7 +338,7 @@ def _check_layer(name: str, module: nn.Module) -> None:
     _check_adapters(label, module)
 
 
-def _check_adapters(label: str, module: nn.Module) -> None:
+def _check_adapters(label: str, module: _Lora) -> None:
     variants = sorted(name for name in module.active_adapters if name in getattr(module, "lora_variant", {}))
     check(
         not variants, label, f"adapters {variants}", "must be plain LoRA, whose sum with the base is the merged weight"

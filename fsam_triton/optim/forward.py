@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import nn
@@ -100,7 +100,7 @@ class ForwardWatch:
         return False
 
     # For torch.compile a constant, as by torch.compiler.assume_constant_result, which would import the compiler.
-    _owns._dynamo_marked_constant = True
+    _owns.__dict__["_dynamo_marked_constant"] = True
 
     @uncompiled
     def _noticed(self, module: nn.Module) -> None:
@@ -121,7 +121,7 @@ class ForwardWatch:
         if afterwards is not None:
             afterwards()
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         # Its hook is in a module only then, for good if the evaluation was interrupted.
         raise RuntimeError(
             "a forward pass of the model is under way, or was interrupted: call restore() of the optimizer before "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import ops
-from ..buffers.lanes import Lanes, Member
+from ..buffers.lanes import Gradients, Lanes, Member
+from ..buffers.ledger import Found
 from ..buffers.sharded import OtherParts, local
 from ..errors import check
 from ..masks.perturbed import FisherMask
@@ -19,7 +20,7 @@ from . import recipes
 from . import rho as radii
 from .ascent import Ascent
 from .clean import CleanView
-from .optimizer import Direction, Found, FusedOptimizer, Half
+from .optimizer import Direction, FusedOptimizer, Half
 from .schedule import Schedule
 from .two_pass import TwoPass
 
@@ -128,15 +129,17 @@ class FSAM(TwoPass, FusedOptimizer):
         seed, rounds = options.get("seed", 0), options.get("stochastic_rounding", True)
         others = OtherParts(options.get("norm_group"))
         check(not preconditioned or rule == "adamw", "preconditioned", preconditioned, 'needs rule="adamw"')
-        directions = {"sigma": sigma, "lmbda": lmbda, "preconditioned": preconditioned}
         self.ascent = Ascent(
-            mask, mask_norm, beta, beta_per, seed, rounds, others, backup_format=backup_format, **directions
+            *(mask, mask_norm, beta, beta_per, seed, rounds, others),
+            backup_format=backup_format,
+            sigma=sigma,
+            lmbda=lmbda,
+            preconditioned=preconditioned,
         )
         self._begin()
         of_group = {**radii.group_defaults(rho, schedule), "adaptive": adaptive, "ascents": 0}
         super().__init__(params, rule, lr, _of_group=of_group, **options)
-        if mask is not None:
-            self.ascent.check_count(self.param_groups)
+        self.ascent.check_count(self.param_groups)
         self.clean_view.find(p for group in self.param_groups for p in group["params"])
 
     def _begin(self) -> None:
@@ -255,7 +258,7 @@ class FSAM(TwoPass, FusedOptimizer):
                     (p, _kept(grad, p)) for p, grad in zip(lanes.params, grads, strict=True) if grad is not None
                 )
 
-    def _second_gradients(self, lanes: Lanes, grads: list[Tensor | None]) -> Sequence[Tensor | None] | None:
+    def _second_gradients(self, lanes: Lanes, grads: Gradients) -> Gradients | None:
         if self._first:
             firsts = list(map(self._first.get, lanes.params))
             if lanes.are_usable(firsts) and lanes.are_usable(grads):

@@ -230,8 +230,12 @@ class MomentumSAM(FusedOptimizer):
             own_norm_sq = norm_sq.to(lanes.device, non_blocking=True)
             about = lanes.about_members()
             coef, keys = ops.climb_coefficients(rows, about, lanes.steps, purpose, own_norm_sq, None, dtype)
-            formats = {"backup_format": self.backup_format, "scale": self._scale(lanes)}
-            move(lanes, segments, coef, keys, stochastic=self.stochastic_rounding, **formats)
+            move(
+                *(lanes, segments, coef, keys),
+                stochastic=self.stochastic_rounding,
+                backup_format=self.backup_format,
+                scale=self._scale(lanes),
+            )
         self.ledger.seal()
         self._was_perturbed = True
         self.clean_view.open(self.ledger)

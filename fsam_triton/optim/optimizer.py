@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from .. import ops
 from ..buffers.flatten import flatten
-from ..buffers.lanes import Lanes, can_be_coded, name_of
-from ..buffers.ledger import Ledger
+from ..buffers.lanes import Gradients, Lanes, can_be_coded, name_of
+from ..buffers.ledger import Found, Ledger
 from ..buffers.sharded import OtherParts, check_placements, check_shards_of_codes, is_sharded, sum_over_shards
 from ..errors import ArgumentError, check
 from ..kernels import spec
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _UPDATE = 0x51ED270B
-# A parameter's lanes with the gradients at hand, None where there is none.
-Found = list[tuple[Lanes, list[Tensor | None]]]
 
 
 @dataclass
@@ -276,7 +274,7 @@ class FusedOptimizer(Optimizer):
     def _check_anchors(self) -> None:
         """Refuse anchors that fit no parameter's name, or were meant for one that would otherwise decay to zero."""
         groups = [group for group in self.param_groups if group["l2_sp"] > 0]
-        if self.anchors == "initial" or not self.anchors or not groups:
+        if isinstance(self.anchors, str) or not self.anchors or not groups:
             return
         names = {name for group in self.param_groups for name in group.get("param_names", ())}
         known = not names.isdisjoint(self.anchors)
@@ -326,17 +324,21 @@ class FusedOptimizer(Optimizer):
         check("param_names" in group, "trainable", "a FishMask", "needs parameter names: pass model.named_parameters()")
         name, p = name_of(group, i), group["params"][i]
         check(not is_sharded(p), "trainable", "a FishMask", f"must be None: parameter {name!r} is sharded")
-        shape = self.trainable.shapes.get(name)
-        check(shape == p.shape, "trainable", f"a FishMask with {name!r} of shape {shape}", f"must be {tuple(p.shape)}")
+        shape = None if name is None else self.trainable.shapes.get(name)
+        if name is None or shape != p.shape:
+            value = f"a FishMask with {name!r} of shape {shape}"
+            raise ArgumentError("trainable", value, f"must be {tuple(p.shape)}")
         is_dense = p.stride() == torch.empty_like(p, device="meta").stride()
         check(is_dense, f"parameter {name!r}", f"strides {p.stride()}", "must be dense in memory with trainable")
         return self.trainable.indices(name).to(p.device)
 
     def _anchor(self, group: Mapping[str, Any], i: int) -> Tensor | None:
         """The anchor given for a parameter."""
+        if isinstance(self.anchors, str):
+            return None
         check("param_names" in group, "anchors", "a mapping", "needs parameter names: pass model.named_parameters()")
         name, shape = name_of(group, i), tuple(group["params"][i].shape)
-        anchor = self.anchors.get(name)
+        anchor = None if name is None else self.anchors.get(name)
         if anchor is not None:
             check(anchor.shape == shape, f"anchors[{name!r}]", tuple(anchor.shape), f"must have shape {shape}")
         return anchor
@@ -346,8 +348,9 @@ class FusedOptimizer(Optimizer):
         return self.rule.lanes(group), self._is_anchored(group, i), state_format
 
     def _is_anchored(self, group: Mapping[str, Any], i: int | None) -> bool:
-        given = i is not None and self.anchors != "initial"
-        return group["l2_sp"] > 0 and (not given or self._anchor(group, i) is not None)
+        if i is None or isinstance(self.anchors, str):
+            return group["l2_sp"] > 0
+        return group["l2_sp"] > 0 and self._anchor(group, i) is not None
 
     def _prepare(self, lanes: Lanes, entries: list[Mapping[str, Any]]) -> None:
         """Make the lanes that new lanes need for the existing state."""
@@ -361,8 +364,7 @@ class FusedOptimizer(Optimizer):
         for i, member in enumerate(lanes.members):
             if lanes.has_anchor(i):
                 continue
-            if self.anchors != "initial":
-                anchor = self._anchor(member.group, member.position)
+            if (anchor := self._anchor(member.group, member.position)) is not None:
                 lanes.set(i, "anchor", lanes.like_lane(i, anchor.to(lanes.device)), like_parameter=False)
                 continue
             entry = self.state.get(member.p)
@@ -414,7 +416,7 @@ class FusedOptimizer(Optimizer):
                 lanes.perturbed.put_back()
             lanes.perturbed = None
 
-    def _prepared(self, lanes: Lanes, grads: list[Tensor | None], only: int | None = None) -> Half:
+    def _prepared(self, lanes: Lanes, grads: Gradients, only: int | None = None) -> Half:
         """The launches of an update, of one parameter or of all; parameters that take no part are then restored."""
         self._allocate(lanes)
         clean = steps = None
@@ -535,7 +537,7 @@ class FusedOptimizer(Optimizer):
     def _is_coded(self, lanes: Lanes) -> bool:
         return self._format(lanes.groups[0], lanes.members[0].position) == "8bit"
 
-    def _second_gradients(self, lanes: Lanes, grads: list[Tensor | None]) -> Sequence[Tensor | None] | None:
+    def _second_gradients(self, lanes: Lanes, grads: Gradients) -> Gradients | None:
         """The second gradients of `Direction`, if the coming update has them."""
         return None
 
@@ -578,7 +580,9 @@ class FusedOptimizer(Optimizer):
         # GradScaler gives the number 0 where there was no gradient to check.
         overflow = found if isinstance(found := getattr(self, "found_inf", None), Tensor) else None
         scalars = (direction.measured, getattr(self, "grad_scale", None), direction.other_scale, overflow)
-        scalars = (*scalars, direction.squares)
+        measured, scale, other_scale, overflow, squares = (
+            None if t is None else t.to(lanes.device, non_blocking=True) for t in (*scalars, direction.squares)
+        )
         return ops.descend_coefficients(
             self.rule.name,
             direction.combined,
@@ -587,7 +591,7 @@ class FusedOptimizer(Optimizer):
             lanes.steps,
             None if all(active) else lanes.flags(active),
             coefficients.purpose(self.seed, _UPDATE),
-            *(None if t is None else t.to(lanes.device, non_blocking=True) for t in scalars),
+            *(measured, scale, other_scale, overflow, squares),
             None if direction.squares is None else self.balance.pairs(lanes),
             compute_dtype(lanes.dtype),
         )
@@ -624,8 +628,9 @@ class FusedOptimizer(Optimizer):
         Raises:
             ArgumentError: p is not a parameter of this optimizer that has been updated.
         """
-        lanes, i = self.ledger.place(p) or (None, 0)
-        check(lanes is not None, "p", f"a tensor of shape {tuple(p.shape)}", "must be a parameter that is trained")
+        if (place := self.ledger.place(p)) is None:
+            raise ArgumentError("p", f"a tensor of shape {tuple(p.shape)}", "must be a parameter that is trained")
+        lanes, i = place
         return lanes.like_parameter(i, lanes.exact(i))
 
     @torch.no_grad()

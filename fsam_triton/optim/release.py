@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Parameter
 
 from ..errors import check
 
@@ -39,7 +38,7 @@ class GradientRelease:
             raise RuntimeError("released gradients would not be averaged over processes: use FSDP2, which frees them")
         self._optimizer = weakref.ref(optimizer)
         # The parameters that have been updated since the last step.
-        self._updated: set[Parameter] = set()
+        self._updated: set[Tensor] = set()
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._handles: list[Any] = [p.register_post_accumulate_grad_hook(self._update) for p in params]
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._updated.clear()))

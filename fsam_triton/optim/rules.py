@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from ..errors import check
 from ..kernels import spec
 
 
-def is_finite(value: object) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
     """Whether it is a real number, neither infinite nor NaN."""
     return isinstance(value, Real) and math.isfinite(value)
 

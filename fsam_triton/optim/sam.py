@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ..buffers.lanes import Lanes
+from ..buffers.lanes import Lanes, State
 from ..buffers.ledger import Ledger
 from ..buffers.sharded import OtherParts
 from ..errors import check
@@ -23,6 +23,15 @@ from .two_pass import TwoPass
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+class _Scaled(Protocol):
+    """An optimizer that unscales gradients itself, and what a GradScaler tells it for a step."""
+
+    found_inf: Tensor
+    grad_scale: Tensor | None
+
+    def step(self) -> object: ...
 
 
 class SAM(TwoPass):
@@ -86,8 +95,9 @@ class SAM(TwoPass):
         self.base = base
         self._set_parts(gamma, ascent_fraction)
         others = OtherParts(norm_group)
-        directions = {"sigma": sigma, "lmbda": lmbda}
-        self.ascent = Ascent(mask, mask_norm, beta, beta_per, seed, stochastic_rounding, others, **directions)
+        self.ascent = Ascent(
+            mask, mask_norm, beta, beta_per, seed, stochastic_rounding, others, sigma=sigma, lmbda=lmbda
+        )
         self._of_group = {**radii.group_defaults(rho, schedule), "adaptive": adaptive, "ascents": 0}
         self.defaults = {**base.defaults, **self._of_group}
         self._begin()
@@ -95,15 +105,14 @@ class SAM(TwoPass):
         super().__setstate__({})
         for group in self.param_groups:
             self._join(group)
-        if mask is not None:
-            self.ascent.check_count(self.param_groups)
+        self.ascent.check_count(self.param_groups)
 
     def _begin(self) -> None:
         self.clean_view = CleanView()
         self.clean_view.find(p for group in self.param_groups for p in group["params"])
         self.ledger = Ledger(self._structure, lambda group, i: None, self._prepare)
         # What the ledger shows: masks, and averages of gradients.
-        self._kept: dict[Parameter, dict[str, Tensor]] = {}
+        self._kept: State = {}
         self._carried = {}
 
     def _join(self, group: dict[str, Any]) -> None:
@@ -125,22 +134,23 @@ class SAM(TwoPass):
 
     # -- groups and state are the base's -------------------------------------------------------------------------------
 
+    # In Optimizer these are attributes.
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base's parameter groups."""
         return self.base.param_groups
 
     @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:
+    def state(self) -> defaultdict[Tensor, Any]:
         """The base's state."""
         return self.base.state
 
     @state.setter
-    def state(self, state: Any) -> None:
+    def state(self, state: defaultdict[Tensor, Any]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.base.state = state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -160,7 +170,7 @@ class SAM(TwoPass):
         return getattr(self.base, name)
 
     @property
-    def _shown(self) -> dict[Parameter, dict[str, Tensor]]:
+    def _shown(self) -> State:
         return self._kept
 
     def _descend_all(self) -> None:
@@ -169,11 +179,12 @@ class SAM(TwoPass):
             lanes.steps += 1
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if getattr(self.base, "_step_supports_amp_scaling", False) and found_inf is not None:
-            self.base.found_inf, self.base.grad_scale = found_inf, scale
+            base = cast("_Scaled", self.base)
+            base.found_inf, base.grad_scale = found_inf, scale
             try:
-                self.base.step()
+                base.step()
             finally:
-                del self.base.found_inf, self.base.grad_scale
+                del base.found_inf, base.grad_scale
             return
         if isinstance(found_inf, Tensor) and found_inf.item():
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import TypeGuard
 
 from torch import Tensor
 
@@ -67,7 +68,8 @@ class Schedule:
         check(total is None or (_is_int(total) and total >= 1), "total_steps", total, "must be an int >= 1 or None")
         check(_is_number(self.reuse) and self.reuse >= 0, "reuse", self.reuse, "must be a finite number >= 0")
         check(self.reuse == 0 or self.every > 1, "reuse", self.reuse, "must be 0 unless every > 1")
-        known = self.by_decay or (_is_number(self.last) and 0 < self.last <= 1)
+        last = self.last
+        known = self.by_decay or (_is_number(last) and 0 < last <= 1)
         check(known, "last", self.last, 'must be in (0, 1], or "decay"')
         known = self.by_decay or self.last == 1 or total is not None
         check(known, "last", self.last, 'must be 1 or "decay" unless total_steps is given')
@@ -100,7 +102,7 @@ class Schedule:
     @property
     def first(self) -> int:
         """The first step in range; 0 if the learning rate decides the range."""
-        if self.total_steps is None or self.by_decay:
+        if self.total_steps is None or isinstance(self.last, str):
             return 0
         return min(self.total_steps - round(self.last * self.total_steps), self.total_steps - 1)
 
@@ -150,6 +152,7 @@ class Schedule:
             height = lr / full
             # A learning rate that rises above lr_max does not take rho above its highest.
             return height.clamp(max=1.0) if isinstance(height, Tensor) else min(height, 1.0)
+        assert self.total_steps is not None
         steps = self.total_steps - self.first
         if since >= steps:
             return 0.0
@@ -161,9 +164,9 @@ class Schedule:
         return {k: float(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -14,9 +14,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..batches.samples import first_samples, select_samples
-from ..buffers.lanes import name_of
-from ..buffers.ledger import Ledger
+from ..buffers.lanes import State, name_of
+from ..buffers.ledger import Found, Ledger
 from ..errors import check, warn
+from ..masks.perturbed import FisherMask
 from . import rho
 from .ascent import Ascent
 from .clean import CleanView
@@ -41,7 +42,8 @@ class TwoPass(Optimizer):
     clean_view: CleanView
     gamma: float
     ascent_fraction: float
-    splits_batches = False
+    splits_batches: bool = False
+    _step_supports_amp_scaling: bool
     _unperturbed_steps = 0
     # Gradients that have no part in the ascent.
     _carried: dict[Parameter, Tensor]
@@ -55,11 +57,11 @@ class TwoPass(Optimizer):
     def _check_idle(self) -> None:
         """Raise a RuntimeError if no step may begin now."""
 
-    def _keep_first_gradients(self, found: Any) -> None:
+    def _keep_first_gradients(self, found: Found) -> None:
         """Keep the gradients of the ascent, which are cleared next, if the descent needs them."""
 
     @property
-    def _shown(self) -> Any:
+    def _shown(self) -> State:
         """The state in which the lanes are shown."""
         return self.state
 
@@ -203,7 +205,7 @@ class TwoPass(Optimizer):
             for grad, then in zip(grads, before, strict=True)
         )
 
-    def _collect_first(self) -> Any:
+    def _collect_first(self) -> Found:
         """The lanes with the gradients of the first pass."""
         self._check_idle()
         found = self.ledger.collect(self.param_groups, self._shown, with_state=self.ascent.reads_state)
@@ -242,7 +244,7 @@ class TwoPass(Optimizer):
             self.restore()
             raise
 
-    def _ascend(self, found: Any, scale: Tensor | None = None) -> None:
+    def _ascend(self, found: Found, scale: Tensor | None = None) -> None:
         schedule = self.schedule
         radii = {
             id(group): (-1.0 if group.get("maximize") else 1.0) * rho.rho_of(group, schedule)
@@ -370,7 +372,7 @@ class TwoPass(Optimizer):
     # -- masks ---------------------------------------------------------------------------------------------------------
 
     @property
-    def mask(self) -> Any:
+    def mask(self) -> FisherMask | None:
         """The `FisherMask`, or None."""
         return self.ascent.mask
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch._C._dynamo import eval_frame
@@ -35,7 +35,7 @@ def uncompiled(function: F) -> F:
         return disabled(*args, **kwargs)
 
     skip(call)
-    return call
+    return cast("F", call)
 
 
 # Optimizer's own methods, which import torch.compile.

@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from torch.nn import Module
 from ..errors import check
 from ..files import read_file, write_file
 from ..masks.trained import FishMask, decode_mask, encode_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ADAPTER_DELTA = "fsam_delta.safetensors"
 ADAPTER_CONFIG = "fsam_delta_config.json"
@@ -63,15 +66,16 @@ class _Delta:
             {key.removeprefix(kind): tensor for key, tensor in tensors.items() if key.startswith(kind)}
             for kind in ("values/", "buffers/")
         )
+        message = f"{path} contradicts itself: it was not written by save_delta"
         try:
             mask, base = decode_mask(tensors, meta), meta["base"]
             needed = {name: (base[name][0], (n,)) for name in mask.shapes if (n := len(mask.indices(name)))}
             fits = needed == {name: (_dtype(value), value.shape) for name, value in values.items()}
             fits &= all(base[name][1] == list(shape) for name, shape in mask.shapes.items())
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-            fits = False
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise DeltaError(message) from error
         if not fits:
-            raise DeltaError(f"{path} contradicts itself: it was not written by save_delta")
+            raise DeltaError(message)
         return cls(mask, base, values, buffers)
 
 
@@ -210,7 +214,7 @@ def merge_deltas(
     return mask
 
 
-def save_pretrained(model: Module, mask: FishMask, adapter_dir: str | os.PathLike[str]) -> None:
+def save_pretrained(model: PreTrainedModel, mask: FishMask, adapter_dir: str | os.PathLike[str]) -> None:
     """Write the delta of a transformers model, and the configuration with which `from_pretrained` rebuilds the model.
 
     `fsam_delta.safetensors` is the file of `save_delta`; `fsam_delta_config.json` has the base model's name or path,
@@ -282,10 +286,11 @@ def from_pretrained(
         raise DeltaError(f"{folder / ADAPTER_CONFIG} was not written by save_pretrained, or is damaged") from error
     if hashlib.sha256((folder / ADAPTER_DELTA).read_bytes()).hexdigest() != checksum:
         raise DeltaError(f"{folder}: {ADAPTER_DELTA} is damaged, or not the one that {ADAPTER_CONFIG} was written with")
-    model = base_or_path
-    if not isinstance(base_or_path, Module):
+    if isinstance(base_or_path, Module):
+        model = base_or_path
+    else:
         kind = getattr(transformers, architecture, None)
-        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)) or kind.config_class is None:
             raise DeltaError(f"{folder}: transformers {transformers.__version__} has no model {architecture!r}")
         verbosity = transformers.logging.get_verbosity()
         # It would report that a new classifier needs training.
@@ -339,14 +344,14 @@ def _digest(p: Tensor, selected: Tensor) -> str:
         # As bytes, because not every dtype knows how to fill.
         raw = piece.view(torch.uint8).view(len(piece), -1)
         raw.index_fill_(0, selected[first:last] - start, 0)
-        sha.update(raw.numpy())
+        sha.update(raw.numpy().data)
     return sha.hexdigest()
 
 
 def _check_base(delta: _Delta, model: Module, message: str) -> None:
     """Raise a DeltaError that begins with the message unless the delta was trained from this model."""
 
-    def fail(reason: str) -> None:
+    def fail(reason: str) -> NoReturn:
         raise DeltaError(f"{message}: {reason}")
 
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from ..errors import check
+from ..errors import ArgumentError, check
 from ..files import written_whole
 from ..masks.trained import FishMask
 from .delta import saved_buffers, take
@@ -61,6 +61,7 @@ class MergeFiles:
 
     def load_optimizer(self) -> dict[str, Any]:
         """This rank's state dict of the last complete merge."""
+        assert self.last is not None
         return torch.load(self._path(self.last, self._own, "pt"), map_location="cpu", weights_only=True)
 
     def write(
@@ -84,7 +85,7 @@ class MergeFiles:
         if self._workers.rank == 0:
             if whole and mask is not None:
                 mask.save(self._path(merges, "mask"))
-            tensors = model_tensors(model) if whole else _changing(model, mask)
+            tensors = model_tensors(model) if whole or mask is None else _changing(model, mask)
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             with written_whole(self._path(merges, "model" if whole else "values")) as temporary:
                 save_file(tensors, temporary)
@@ -126,8 +127,8 @@ def load_merged(model: Module, folder: str | os.PathLike[str]) -> FishMask | Non
         ValueError: there is no merge in the folder.
     """
     folder = Path(folder)
-    marker = _read_marker(folder)
-    check(marker is not None, "folder", str(folder), f"must have {_MARKER}, which SparseMerger writes")
+    if (marker := _read_marker(folder)) is None:
+        raise ArgumentError("folder", str(folder), f"must have {_MARKER}, which SparseMerger writes")
     n, m = marker["whole"], marker["merges"]
     mask = FishMask.load(folder / f"merge-{n}-mask.safetensors") if marker["mask"] else None
     tensors = model_tensors(model)
@@ -136,7 +137,7 @@ def load_merged(model: Module, folder: str | os.PathLike[str]) -> FishMask | Non
             tensors[name].copy_(value)
         for name, value in load_file(folder / f"merge-{m}-values.safetensors").items() if m > n else ():
             own = tensors[name]
-            if name in mask.shapes:
+            if mask is not None and name in mask.shapes:
                 flat = own.reshape(-1)
                 flat[mask.indices(name).to(own.device).long()] = value.to(own.device)
                 value = flat.view(own.shape)

@@ -102,15 +102,15 @@ class SparseMerger:
         self._refresh_every, self._dense_merges = refresh_every, dense_merges
         self.mask: FishMask | None = None
         self.steps = self.merges = self._steps_merged = 0
-        self._files = None
+        self._files: MergeFiles | None = None
         self._workers = Workers(next(model.parameters()).device, self._describe_failure)
         if checkpoint is not None:
             self._files = MergeFiles(checkpoint, self._workers, {"workers": self._workers.size, "masks": masks})
         marker = self._files.find() if self._files else None
-        if marker is None:
+        if self._files is None or marker is None:
             self._begin()
         else:
-            self._resume(marker)
+            self._resume(self._files, marker)
         self._remember()
 
     @property
@@ -144,11 +144,11 @@ class SparseMerger:
             self._renew_mask()
         self._save(whole=True)
 
-    def _resume(self, marker: Mapping[str, Any]) -> None:
-        mask = load_merged(self._model, self._files.folder) if self._workers.rank == 0 else None
+    def _resume(self, files: MergeFiles, marker: Mapping[str, Any]) -> None:
+        mask = load_merged(self._model, files.folder) if self._workers.rank == 0 else None
         self._workers.follow_first(model_tensors(self._model).values())
         self._train_on(self._workers.mask_of_first(mask) if marker["mask"] else None)
-        self._optimizer.load_state_dict(self._files.load_optimizer())
+        self._optimizer.load_state_dict(files.load_optimizer())
         self.merges, self.steps = marker["merges"], marker["steps"]
         self._steps_merged = self.steps
 
@@ -185,7 +185,7 @@ class SparseMerger:
         else:
             _unpack(merged, own)
             self._optimizer.set_trained_weights(own)
-        if averaged:
+        if means is not None:
             _unpack(means, averaged)
         for buffer, first in zip(others, firsts, strict=True):
             buffer.copy_(first)
@@ -212,7 +212,7 @@ class SparseMerger:
     def _train_on(self, mask: FishMask | None) -> None:
         self.mask = mask
         own = mask
-        if self._is_disjoint:
+        if mask is not None and self._is_disjoint:
             self._places = _Places(mask, dict(self._model.named_parameters()))
             own = mask.split(self._workers.size)[self._workers.rank]
         if self._optimizer.trainable != own:

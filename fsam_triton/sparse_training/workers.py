@@ -108,7 +108,7 @@ class Workers:
         """Rank 0's mask; the other ranks' masks are ignored."""
         from safetensors.torch import load, save
 
-        tensors, meta = encode_mask(mask) if self.rank == 0 else ({}, None)
+        tensors, meta = encode_mask(mask) if self.rank == 0 and mask is not None else ({}, None)
         meta = self.json_of_first(meta)
         return decode_mask(load(self._bytes_of_first(save(tensors))), meta)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from .. import build, reference, spec
 from ..directions import Along
 from ..jobs import jobs_of
 from ..segments import Segments
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 _TYPES = {
     **{torch.float64: "double", torch.float32: "float", torch.bfloat16: "BF16", torch.float16: "FP16"},
@@ -37,18 +40,18 @@ _PART = 2048
 _ADDRESS, _LONG, _INT, _WORD = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_uint32
 
 
-def _or_reference(launch: Callable[..., Any]) -> Callable[..., Any]:
+def _or_reference(launch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """`launch`, or the reference's function of this name where C++ is not available."""
-    slow = getattr(reference, launch.__name__)
+    fast, slow = cast("Callable[..., Any]", launch), getattr(reference, launch.__name__)
 
     @functools.wraps(launch)
     def run(*args: Any) -> Any:
         try:
-            return launch(*args)
+            return fast(*args)
         except build.Unavailable:
             return slow(*args)
 
-    return run
+    return cast("Callable[Arguments, Result]", run)
 
 
 def _pass(name: str, types: Sequence[torch.dtype | str], addresses: int, **options: int) -> Callable[..., Any]:
@@ -60,7 +63,7 @@ def _pass(name: str, types: Sequence[torch.dtype | str], addresses: int, **optio
         addresses: how many it takes after the table.
         options: the fields of its last parameter, in the order in which they are declared.
     """
-    parameters = [_TYPES.get(t, t) for t in types]
+    parameters = [t if isinstance(t, str) else _TYPES[t] for t in types]
     if options:
         kind = f"{name.removesuffix('_sq').capitalize()}Options"
         parameters.append(f"{kind}{{{', '.join(f'.{field} = {int(value)}' for field, value in options.items())}}}")
@@ -192,8 +195,7 @@ def _descend(
     # Of lanes that are not there the type does not matter.
     first, others = (state[0], state[-1]) if state else (weight, weight)
     types = (f"rules::{rule}", weight, grad, first, others, lost or torch.int32)
-    options = {"lanes": len(state), **options}
-    return _pass("descend", (*types, reference.compute_dtype(weight)), 13, **options)
+    return _pass("descend", (*types, reference.compute_dtype(weight)), 13, lanes=len(state), **options)
 
 
 @_or_reference
@@ -348,7 +350,14 @@ def _mover(size: int, index: torch.dtype, scatter: bool) -> Callable[..., Any]:
     return build.function("sparse", instance, _ADDRESS, _ADDRESS, _LONG, _ADDRESS, _ADDRESS, _INT)
 
 
-def _move(scatter: bool, tensors: Sequence[Tensor], index: Tensor, compact: Tensor, offsets, counts) -> None:
+def _move(
+    scatter: bool,
+    tensors: Sequence[Tensor],
+    index: Tensor,
+    compact: Tensor,
+    offsets: Sequence[int],
+    counts: Sequence[int],
+) -> None:
     function = _mover(compact.element_size(), index.dtype, scatter)
     jobs = torch.from_numpy(jobs_of(tuple(offsets), tuple(counts), _PART))
     addresses = (ctypes.c_int64 * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
