@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from bench.records import Record, find
 
-from .methods import METHODS, ON_ADAPTERS, ON_ALL_WEIGHTS
+from .methods import METHODS, ON_ADAPTERS, ON_ALL_WEIGHTS, ON_LANGUAGE_MODELS
 
 # Ten, because of five pairs no test that flips signs can give less than 0.06.
 SEEDS = tuple(range(1, 11))
@@ -83,7 +83,7 @@ class Block:
     @property
     def methods(self) -> tuple[str, ...]:
         """Those that are compared in it."""
-        return ON_ADAPTERS if self.experiment == LORA else ON_ALL_WEIGHTS
+        return {CLASSIFICATION: ON_ALL_WEIGHTS, LORA: ON_ADAPTERS}.get(self.experiment, ON_LANGUAGE_MODELS)
 
     @property
     def chosen_in(self) -> Block:

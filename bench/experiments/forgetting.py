@@ -86,8 +86,9 @@ def new_model() -> torch.nn.Module:
 
 def loss_of(model: torch.nn.Module, windows: Tensor) -> Tensor:
     """The mean loss of a token."""
-    logits = model(input_ids=windows).logits
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=windows).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
 class Forgetting:

@@ -91,3 +91,5 @@ METHODS = {
 }
 ON_ADAPTERS = (ADAMW, TWICE, "SAM", "BAR", "Flat-LoRA")
 ON_ALL_WEIGHTS = tuple(name for name in METHODS if name not in ("BAR", "Flat-LoRA"))
+# The rule of find_rho was calibrated for classifiers.
+ON_LANGUAGE_MODELS = tuple(name for name in ON_ALL_WEIGHTS if name != "SAM, find_rho")
