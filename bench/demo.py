@@ -21,8 +21,9 @@ from bench.experiments.comparisons import Comparison, compare
 from bench.generalisation import put_into
 from bench.records import Record, record, recorded
 from fsam_triton.files import written_whole
-from fsam_triton.finetune import evidence, probe
+from fsam_triton.finetune import probe
 from fsam_triton.finetune.command import prepare, train_all
+from fsam_triton.finetune.evidence import FIGURES
 from fsam_triton.finetune.parser import parse
 from fsam_triton.finetune.results import Output
 
@@ -52,7 +53,7 @@ def run(setting: Setting) -> Record:
         train_all(arguments, task, task.total_steps(arguments, 1), output, None, (0, 1))
         for one, sharpness in zip(output.runs, probe.measure_m_sharpness(arguments, task), strict=True):
             one.m_sharpness = sharpness
-    figures = {one.name: {name: of(one) for name, of in evidence.FIGURES.items()} for one in output.runs}
+    figures = {one.name: {name: of(one) for name, of in FIGURES.items()} for one in output.runs}
     rho = {one.name: one.rho_search["rho"] for one in output.runs if one.rho_search}
     return {"figures": figures, "rho": rho}
 
@@ -63,7 +64,7 @@ def differences(records: list[Record]) -> dict[str, dict[str, Comparison]]:
     return {
         other: {
             name: compare([one["figures"][other][name] - one["figures"][baseline][name] for one in records])
-            for name in evidence.FIGURES
+            for name in FIGURES
         }
         for other in others
     }
@@ -74,7 +75,7 @@ def report(records: list[Record]) -> str:
     if not records:
         return "no runs"
     found, lines = differences(records), [f"{len(records)} seeds"]
-    for name in evidence.FIGURES:
+    for name in FIGURES:
         lines += ["", f"{name:14}{'mean':>8}  less AdamW, 95 % interval          t   flips"]
         for optimizer in records[0]["figures"]:
             line = f"{optimizer:14}{statistics.mean(one['figures'][optimizer][name] for one in records):8.4f}"

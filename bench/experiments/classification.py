@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from bench.generalisation import stratified
 from bench.records import Record
 from fsam_triton.analysis import rounded_weights
 from fsam_triton.finetune.models import encode, load_model, load_tokenizer
-from fsam_triton.finetune.texts import Texts, label_names, read_bbc_news, read_texts
+from fsam_triton.finetune.texts import Texts, label_names, read_bbc_news, read_texts, with_wrong_labels
 
 from .choices import BITS, CLASSIFICATION, LORA, Block, Setting
 from .methods import METHODS
@@ -36,23 +35,6 @@ def load_texts(source: str) -> tuple[str, Texts]:
     else:
         name, texts = Path(source).stem.replace("_", " "), read_texts(source)
     return name, texts.select(list({row: i for i, row in enumerate(texts.rows)}.values()))
-
-
-def with_wrong_labels(labels: Sequence[int], count: int, noise: float, seed: int) -> list[int]:
-    """The labels, a share of them replaced by another one, all others being as likely.
-
-    Args:
-        labels: numbers below `count`.
-        count: of the labels there are.
-        noise: the share, of which exactly the nearest number of labels is wrong.
-        seed: which ones, and what they become.
-    """
-    generator = random.Random(seed)
-    wrong = list(labels)
-    # All are drawn, so that at one seed the labels that are wrong at 20 % are at 40 %, too.
-    for i in generator.sample(range(len(labels)), len(labels))[: round(noise * len(labels))]:
-        wrong[i] = (labels[i] + random.Random(f"{seed} {i}").randrange(1, count)) % count
-    return wrong
 
 
 def with_adapters(model: transformers.PreTrainedModel, novel: Collection[str]) -> peft.PeftModel:

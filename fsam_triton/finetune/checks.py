@@ -47,6 +47,8 @@ def check_arguments(arguments):
             raise InputError(f"Invalid --{name}: {getattr(arguments, name)}; must be between 0 and 1")
     if not 0 <= arguments.label_smoothing_factor < 1:
         raise InputError(f"Invalid --label_smoothing_factor: {arguments.label_smoothing_factor}; must be in [0, 1)")
+    if arguments.label_noise is not None and not 0 <= arguments.label_noise < 1:
+        raise InputError(f"Invalid --label_noise: {arguments.label_noise}; must be in [0, 1)")
     if not arguments.max_grad_norm >= 0:
         raise InputError(f"Invalid --max_grad_norm: {arguments.max_grad_norm}; must be >= 0")
     if arguments.task_name and arguments.train_file:

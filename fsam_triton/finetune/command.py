@@ -18,7 +18,7 @@ from .errors import InputError, one_line, writing
 from .models import draw_batches, encode, load_empty_model, load_model, load_tokenizer, model_path, save, text_length
 from .parser import parse
 from .results import Output, make_folder, run_folder, write_text
-from .texts import hold_out, label_names, read_bbc_news, read_glue, read_texts
+from .texts import hold_out, label_names, read_bbc_news, read_glue, read_texts, with_wrong_labels
 from .training import Trainer, choose_mask, join_workers, search_rho
 
 try:
@@ -28,7 +28,7 @@ except ImportError:
     transformers = None
 
 # Packaged articles of each subject; docs/evidence.md says why so many.
-ARTICLES = {"train_per_label": 200, "validation_per_label": 60}
+ARTICLES = {"train_per_label": 60, "validation_per_label": 60}
 
 
 def read_data(arguments):
@@ -134,6 +134,12 @@ def prepare(arguments):
         test = encode(tokenizer, texts, length)
     description = f"{train.source}: {len(train)} training and {len(validation)} validation texts, {len(names)} labels"
     train, validation = (encode(tokenizer, texts, length, names) for texts in (train, validation))
+    if arguments.label_noise:
+        labels = [feature["labels"] for feature in train]
+        wrong = with_wrong_labels(labels, len(names), arguments.label_noise, arguments.seed)
+        for feature, label in zip(train, wrong, strict=True):
+            feature["labels"] = label
+        description += f"; {arguments.label_noise:.3g} of the training labels are wrong (--label_noise)"
     check_mask(arguments, empty)
     check_mixup(arguments, empty)
     sizes = {name: p.numel() for name, p in empty.named_parameters()}

@@ -111,6 +111,7 @@ TASK_OF = {
             "mixup_where",
             "mixup_start",
             "label_smoothing_factor",
+            "label_noise",
         ),
         "sequence-classification",
     ),
@@ -132,8 +133,9 @@ TASK_OF = {
 DEFAULTS = {
     "lora": {"learning_rate": 2e-4, "lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.05},
     "from scratch": {"learning_rate": 2e-3},
-    "packaged texts": {"max_seq_length": 32, "num_train_epochs": 2.0, "learning_rate": 1e-4},
+    "packaged texts": {"max_seq_length": 32, "num_train_epochs": 6.0, "label_noise": 0.2},
     "sequence-classification": {
+        "label_noise": 0.0,
         "max_seq_length": 96,
         "num_train_epochs": 4.0,
         "per_device_train_batch_size": 16,
@@ -295,6 +297,7 @@ class Arguments:
     mixup_where: Literal["pooled", "embeddings"] | None = option(None, "what mixup mixes (default: pooled)")
     mixup_start: float | None = option(None, "share of the steps before mixup begins (default: 0.5)")
     label_smoothing_factor: float = option(0.0, "share of each label that is spread over all labels")
+    label_noise: float | None = option(None, "share of the training labels that are made wrong, for a comparison")
 
     num_train_epochs: float | None = option(None, "times the training texts are seen")
     max_steps: int = option(-1, "if positive, the number of steps instead")

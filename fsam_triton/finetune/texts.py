@@ -350,3 +350,20 @@ def read_bbc_news(train_per_label=32, validation_per_label=60):
         train += indices[:train_per_label]
         validation += indices[train_per_label : train_per_label + validation_per_label]
     return news.select(train), news.select(validation)
+
+
+def with_wrong_labels(labels, count, noise, seed):
+    """Return the labels, a share of them replaced by another one, all others being equally likely.
+
+    Args:
+        labels: numbers below ``count``.
+        count: how many labels there are.
+        noise: the share; exactly the nearest number of labels is wrong.
+        seed: which ones, and what they become.
+    """
+    generator = random.Random(seed)
+    wrong = list(labels)
+    # All are drawn, so that at one seed the labels that are wrong at 20 % are at 40 %, too.
+    for i in generator.sample(range(len(labels)), len(labels))[: round(noise * len(labels))]:
+        wrong[i] = (labels[i] + random.Random(f"{seed} {i}").randrange(1, count)) % count
+    return wrong

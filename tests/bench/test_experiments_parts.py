@@ -1,8 +1,7 @@
-"""What bench/experiments is made of is right: its statistics, its wrong labels, its steps."""
+"""What bench/experiments is made of is right: its statistics, its steps."""
 
 import functools
 import itertools
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from bench.experiments import comparisons
-from bench.experiments.classification import with_wrong_labels
 from bench.experiments.methods import METHODS, ON_ALL_WEIGHTS
 from bench.experiments.training import epochs, rate, train
 from fsam_triton.analysis import find_rho
@@ -74,25 +72,7 @@ def test_one_pair_has_a_difference_and_no_test():
     assert np.isnan([one.low, one.high, one.t, one.flips]).all()
 
 
-# -- labels, batches, steps --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.2, 0.4])
-def test_exactly_that_share_of_labels_is_wrong_and_the_others_are_as_likely(noise):
-    labels = [i % 5 for i in range(1000)]
-    wrong = with_wrong_labels(labels, 5, noise, seed=1)
-    moved = Counter((new - old) % 5 for old, new in zip(labels, wrong, strict=True))
-    assert 1000 - moved[0] == 1000 * noise
-    # Five standard deviations of a binomial.
-    assert all(moved[k] == pytest.approx(250 * noise, abs=5 * (187.5 * noise) ** 0.5) for k in range(1, 5))
-    assert wrong == with_wrong_labels(labels, 5, noise, seed=1)
-
-
-def test_labels_wrong_at_20_percent_are_wrong_in_the_same_way_at_40():
-    labels = [i % 3 for i in range(100)]
-    some, more = (with_wrong_labels(labels, 3, noise, seed=2) for noise in (0.2, 0.4))
-    assert all(new == more[i] for i, new in enumerate(some) if new != labels[i])
-    assert some != with_wrong_labels(labels, 3, 0.2, seed=3)
+# -- batches, steps ----------------------------------------------------------------------------------------------------
 
 
 def test_twice_the_epochs_begin_with_the_same_batches():

@@ -125,11 +125,18 @@ def test_default_comparison_searches_no_rho_that_is_given_or_cannot_be_searched(
     check_arguments(arguments)
 
 
-def test_packaged_texts_have_shorter_defaults_than_texts_of_ones_own():
+def test_packaged_texts_have_defaults_of_their_own_and_labels_of_others_are_left_alone():
     packaged, own = Arguments(), Arguments(train_file="train.csv")
-    assert (packaged.max_seq_length, packaged.num_train_epochs, packaged.learning_rate) == (32, 2.0, 1e-4)
-    assert (own.max_seq_length, own.num_train_epochs, own.learning_rate) == (96, 4.0, 2e-4)
-    assert Arguments(learning_rate=1e-3).learning_rate == 1e-3
+    assert (packaged.max_seq_length, packaged.num_train_epochs, packaged.label_noise) == (32, 6.0, 0.2)
+    assert (own.max_seq_length, own.num_train_epochs, own.label_noise) == (96, 4.0, 0.0)
+    assert Arguments(label_noise=0.0).label_noise == 0.0
+    assert Arguments(train_file="train.csv", label_noise=0.1).label_noise == 0.1
+
+
+@pytest.mark.parametrize("noise", [-0.1, 1.0])
+def test_label_noise_is_a_share_below_one(noise):
+    with pytest.raises(InputError, match=rf"^Invalid --label_noise: {noise}; must be in \[0, 1\)$"):
+        check_arguments(Arguments(label_noise=noise))
 
 
 @pytest.mark.parametrize(("given", "folder"), [(None, "out"), ("page", "page"), ("none", None)])

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from collections import Counter
 
 import pytest
 
@@ -14,6 +15,7 @@ from fsam_triton.finetune.texts import (
     read_bbc_news,
     read_glue,
     read_texts,
+    with_wrong_labels,
 )
 
 
@@ -294,3 +296,24 @@ def test_glue_task_without_the_hub_is_an_error_of_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(InputError, match=r"sst2: cannot be loaded from the hub \(Couldn't reach the hub\)"):
         read_glue("sst2")
+
+
+# -- wrong labels ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.2, 0.4])
+def test_exactly_that_share_of_labels_is_wrong_and_the_others_are_as_likely(noise):
+    labels = [i % 5 for i in range(1000)]
+    wrong = with_wrong_labels(labels, 5, noise, seed=1)
+    moved = Counter((new - old) % 5 for old, new in zip(labels, wrong, strict=True))
+    assert 1000 - moved[0] == 1000 * noise
+    # Five standard deviations of a binomial.
+    assert all(moved[k] == pytest.approx(250 * noise, abs=5 * (187.5 * noise) ** 0.5) for k in range(1, 5))
+    assert wrong == with_wrong_labels(labels, 5, noise, seed=1)
+
+
+def test_labels_wrong_at_20_percent_are_wrong_in_the_same_way_at_40():
+    labels = [i % 3 for i in range(100)]
+    some, more = (with_wrong_labels(labels, 3, noise, seed=2) for noise in (0.2, 0.4))
+    assert all(new == more[i] for i, new in enumerate(some) if new != labels[i])
+    assert some != with_wrong_labels(labels, 3, 0.2, seed=3)

@@ -225,3 +225,11 @@ def test_progress_says_what_is_being_waited_for(options, capsys):
     assert "AdamW: evaluating: " in shown.partition("4/4")[2]
     assert "accuracy=" in shown.rpartition("AdamW: evaluating: ")[2]
     assert "AdamW: evaluating with 4-bit weights: " in shown.rpartition("accuracy=")[2]
+
+
+def test_label_noise_makes_a_share_of_the_training_labels_wrong_and_says_so(options):
+    clean, noisy = (command.prepare(parse([*options, "--label_noise", noise])) for noise in ("0", "0.25"))
+    labels, wrong = ([feature["labels"] for feature in task.train] for task in (clean, noisy))
+    assert sum(a != b for a, b in zip(labels, wrong, strict=True)) == 0.25 * len(labels)
+    assert noisy.validation == clean.validation
+    assert noisy.description == f"{clean.description}; 0.25 of the training labels are wrong (--label_noise)"
