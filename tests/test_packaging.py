@@ -39,7 +39,7 @@ LEFTOVERS = shutil.ignore_patterns(
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    return shutil.copytree(ROOT, tmp_path_factory.mktemp("package") / "source", ignore=LEFTOVERS)
+    return shutil.copytree(ROOT, tmp_path_factory.mktemp("package") / "source", symlinks=True, ignore=LEFTOVERS)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from .landscape import loss_landscape as loss_landscape
 from .landscape import plot_landscape as plot_landscape
 from .landscape import plot_landscapes as plot_landscapes
 from .mean_loss import Loss as Loss
-from .rho import RHOS as RHOS
 from .rho import RhoSearch as RhoSearch
 from .rho import find_rho as find_rho
 from .rho import plot_rho_search as plot_rho_search

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from .. import FSAM, FishMask, MixupDraw, SparseMerger, estimate_fisher
-from ..analysis import RHOS, find_rho, mask_density, rounded_weights
+from ..analysis import find_rho, mask_density, rounded_weights
+from ..analysis.rho import RHOS
 from ..errors import ArgumentError
 from .errors import InputError
 from .models import draw_batches, load_model
