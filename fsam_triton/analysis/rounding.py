@@ -53,8 +53,11 @@ def linear_weights(model: nn.Module) -> list[Tensor]:
     weights: dict[int, Tensor] = {}
     for module in model.modules():
         transposed = (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
-        if (isinstance(module, nn.Linear) or transposed) and module.weight.is_floating_point():
-            weights.setdefault(id(module.weight), module.weight.detach().T if transposed else module.weight.detach())
+        if not (isinstance(module, nn.Linear) or transposed):
+            continue
+        weight = module.weight
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            weights.setdefault(id(weight), weight.detach().T if transposed else weight.detach())
     return [weight for key, weight in weights.items() if key not in embeddings]
 
 

@@ -16,16 +16,11 @@ from . import html, language_models, probe
 from .checks import check_arguments, check_mask, check_mixup
 from .errors import InputError, one_line, writing
 from .models import draw_batches, encode, load_empty_model, load_model, load_tokenizer, model_path, save, text_length
+from .optional import transformers
 from .parser import parse
 from .results import Output, make_folder, run_folder, write_text
 from .texts import hold_out, label_names, read_bbc_news, read_glue, read_texts, with_wrong_labels
 from .training import Trainer, choose_mask, join_workers, search_rho
-
-try:
-    import psutil  # noqa: F401  (for the report, which would miss it only after training)
-    import transformers
-except ImportError:
-    transformers = None
 
 # Packaged articles of each subject; docs/evidence.md says why so many.
 ARTICLES = {"train_per_label": 60, "validation_per_label": 60}

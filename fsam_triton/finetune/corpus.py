@@ -4,6 +4,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 from .texts import READERS, SUBSET_SEED, decode, read_bbc_news, text_at, value_at, whole_characters
@@ -26,35 +27,35 @@ class Corpus:
 
     source: str
     columns: tuple[str, ...]
-    rows: list[dict]
+    rows: list[dict[str, Any]]
     places: list[str]
     empty: int = 0
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def has_messages(self):
+    def has_messages(self) -> bool:
         """Whether the rows need a chat template."""
         return isinstance(self.rows[0][self.columns[0]], list)
 
     @property
-    def kind(self):
+    def kind(self) -> str:
         """What each row is, in words."""
         return f"{' and '.join(self.columns)} as {'messages' if self.has_messages else 'strings'}"
 
-    def select(self, indices):
+    def select(self, indices: list[int]) -> "Corpus":
         """Return the texts at ``indices``, in that order."""
-        rows, places = ([every[i] for i in indices] for every in (self.rows, self.places))
+        rows, places = [self.rows[i] for i in indices], [self.places[i] for i in indices]
         return Corpus(self.source, self.columns, rows, places, self.empty)
 
-    def sample(self, count):
+    def sample(self, count: int | None) -> "Corpus":
         """Return ``count`` texts drawn at random (the same ones each time), or all when there are no more than that."""
         if count is None or count >= len(self):
             return self
         return self.select(sorted(random.Random(SUBSET_SEED).sample(range(len(self)), count)))
 
-    def hold_out(self, fraction=0.2):
+    def hold_out(self, fraction: float = 0.2) -> tuple["Corpus", "Corpus"]:
         """Split off a share of the texts, the same ones each time; return (the rest, those held out).
 
         Raises:
@@ -67,7 +68,7 @@ class Corpus:
         return self.select(sorted(order[count:])), self.select(sorted(order[:count]))
 
 
-def read_corpus(path, text_column=None):
+def read_corpus(path: str | Path, text_column: str | None = None) -> Corpus:
     """Read a ``.txt`` file (one text per line), or one of the formats of `texts.read_texts`, UTF-8.
 
     Args:
@@ -156,9 +157,10 @@ def _is_empty(row):
     return all(isinstance(value, str) and not value.strip() for value in row.values())
 
 
-def read_packaged_news(train_per_label, validation_per_label):
+def read_packaged_news(train_per_label: int, validation_per_label: int) -> tuple[Corpus, Corpus]:
     """Return (training, validation) texts of the packaged BBC news articles, as `texts.read_bbc_news`."""
-    return [
+    train, validation = (
         Corpus(texts.source, TEXT, [{"text": text} for (text,) in texts.rows], [texts.source] * len(texts))
         for texts in read_bbc_news(train_per_label, validation_per_label)
-    ]
+    )
+    return train, validation

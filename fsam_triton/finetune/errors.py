@@ -1,6 +1,8 @@
 """What stops the command line with one line."""
 
 import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -13,13 +15,13 @@ class OutputError(OSError):
     """A file cannot be written; the message is one line that says where and why."""
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """Return the text of an exception as one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextlib.contextmanager
-def writing(path):
+def writing(path: str | Path | None) -> Iterator[None]:
     """Turn what a full disk and its like raise while ``path`` is written into an OutputError."""
     try:
         yield

@@ -11,6 +11,7 @@ import shlex
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ from .texts import SUBSET_SEED
 # Stand in the pictures for the colour of the page's text and for those of the runs, which depend on the page's theme.
 _INK = "#010203"
 _COLORS = {f"#0102f{number}": f"var(--run-{number})" for number in range(5)}
-_THEME = {
+_THEME: dict[Any, object] = {
     "font.size": 11,
     "lines.linewidth": 2,
     "figure.facecolor": "none",
@@ -209,12 +210,13 @@ def shade(density):
 def draw_pictures(runs, landscapes):
     """Return the page's pictures as SVG elements by name: curves, a line of each run, maps by run and their scale."""
     import matplotlib
+    from matplotlib.rcsetup import cycler
 
     curves = {"losses": draw_losses, "evaluations": draw_evaluations}
     if any(run.rho_search for run in runs):
         curves["rho"] = draw_rho_searches
-    with matplotlib.rc_context({**_THEME, "axes.prop_cycle": matplotlib.cycler(color=_COLORS)}):
-        pictures = {
+    with matplotlib.rc_context({**_THEME, "axes.prop_cycle": cycler(color=_COLORS)}):
+        pictures: dict[str, Any] = {
             name: picture(name, 4.8, 3.2, lambda figure, draw=draw: draw(runs, figure.subplots()))
             for name, draw in curves.items()
         }

@@ -1,26 +1,34 @@
 """What ``--task causal-lm`` trains: texts, tokenizer and model, pretrained or a small GPT from scratch."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from .corpus import read_corpus, read_packaged_news
+from .corpus import Corpus, read_corpus, read_packaged_news
 from .errors import InputError, one_line
 from .models import loading, position_limit
+from .optional import transformers
+from .options import Arguments
 
-try:
-    import transformers
-except ImportError:
-    transformers = None
+if TYPE_CHECKING:
+    import datasets
+    import peft
+    from transformers import PreTrainedTokenizerBase
+
+    from .sft import Trainer
 
 # The model of runs without --model_name_or_path, the tokens of its tokenizer, and articles per topic where there are
 # no texts either.
-GPT = {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 128}
+LAYERS, HEADS, WIDTH, POSITIONS = 4, 4, 128, 128
 VOCABULARY = 2048
 ARTICLES = {"train_per_label": 160, "validation_per_label": 40}
 
@@ -44,18 +52,18 @@ class Task:
     """
 
     path: str | None
-    tokenizer: object
-    train: object
-    validation: object
+    tokenizer: PreTrainedTokenizerBase
+    train: datasets.Dataset
+    validation: datasets.Dataset
     description: str
     length: int
-    sizes: dict
+    sizes: dict[str, int]
     weights: int
     empty: int
-    collator: object = None
+    collator: Any = None
     test: None = None
 
-    def notes(self, arguments):
+    def notes(self, arguments: Arguments) -> list[str]:
         """Return what the user did not ask for and is told, as lines."""
         lines = []
         if self.path is None:
@@ -68,38 +76,39 @@ class Task:
             lines.append(f"empty texts that are left out: {self.empty}")
         return lines
 
-    def total_steps(self, arguments, workers):
+    def total_steps(self, arguments: Arguments, workers: int) -> None:
         """Return None: the Trainer counts the steps, because packing changes how many rows there are."""
 
-    def choose_mask(self, arguments):
+    def choose_mask(self, arguments: Arguments) -> None:
         """Return None: all weights are trained, or those of an adapter."""
 
-    def search_rho(self, arguments, sam_type):
+    def search_rho(self, arguments: Arguments, sam_type: str) -> None:
         """Return None: ``--rho auto`` is for classifiers."""
 
-    def trainer(self, arguments, sam_type, steps, mask, worker):
+    def trainer(self, arguments: Arguments, sam_type: str, steps: None, mask: None, worker: tuple[int, int]) -> Trainer:
         """Return what makes a run."""
         from .sft import Trainer
 
         return Trainer(arguments, sam_type, self)
 
-    def load_model(self, dtype=torch.float32):
+    def load_model(self, dtype: torch.dtype = torch.float32) -> tuple[Any, set[str]]:
         """Return the model that the runs start from, and the names of the parameters that are not pretrained."""
         if self.path is None:
             model = new_model(self.tokenizer).to(dtype)
             return model, {name for name, _ in model.named_parameters()}
         with loading(self.path):
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 self.path, dtype=dtype, output_loading_info=True
             )
+        model, info = loaded
         check_causal(model, self.path)
         return model, set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
 
-    def initial_model(self):
+    def initial_model(self) -> Any:
         """Return the model that the runs start from, in fp32."""
         return self.load_model()[0]
 
-    def saved_model(self, arguments, folder):
+    def saved_model(self, arguments: Arguments, folder: Path) -> Any:
         """Return the model that a run has saved, in fp32; an adapter is merged into it."""
         if not arguments.lora:
             return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -109,7 +118,7 @@ class Task:
             model = peft.PeftModel.from_pretrained(self.initial_model(), folder)
         return model.merge_and_unload().requires_grad_(True)
 
-    def draw_batches(self, count, size, seed):
+    def draw_batches(self, count: int, size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield batches of training texts drawn at random."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))[:count].tolist()
         for i in range(0, len(order), size):
@@ -117,7 +126,7 @@ class Task:
             names = ("input_ids", "attention_mask", "position_ids", "labels")
             yield {name: batch[name] for name in names if name in batch}
 
-    def facts(self, arguments):
+    def facts(self, arguments: Arguments) -> dict[str, str]:
         """Return, in words by name, what a report says of model and data."""
         if self.path is None:
             return {"model": f"GPT-2, {self.weights:,} weights, from scratch"}
@@ -127,7 +136,7 @@ class Task:
         return {"model": self.path, "trained weights": f"LoRA adapter of {trained:,} for a model of {self.weights:,}"}
 
 
-def prepare(arguments):
+def prepare(arguments: Arguments) -> Task:
     """Return the `Task` of the arguments.
 
     Raises:
@@ -150,7 +159,7 @@ def prepare(arguments):
             empty = new_model(tokenizer)
     for corpus in (train, validation):
         check_messages(tokenizer, corpus, path)
-    length = min(arguments.max_seq_length, tokenizer.model_max_length, position_limit(empty))
+    length = int(min(arguments.max_seq_length, tokenizer.model_max_length, position_limit(empty)))
     if length < 2:
         raise InputError(f"Invalid --max_seq_length: {length}; must be > 1, or there is nothing to predict")
     weights = sum(p.numel() for p in empty.parameters())
@@ -162,7 +171,7 @@ def prepare(arguments):
     return Task(path, tokenizer, dataset(train), dataset(validation), description, length, sizes, weights, left_out)
 
 
-def check_installed(arguments):
+def check_installed(arguments: Arguments) -> None:
     """Raise InputError if a package is missing."""
     needed = ("trl", "datasets", "peft") if arguments.lora else ("trl", "datasets")
     missing = [name for name in needed if not importlib.util.find_spec(name)]
@@ -170,7 +179,7 @@ def check_installed(arguments):
         raise InputError(f"--task causal-lm needs {' and '.join(missing)}: pip install 'fsam-triton[lm]'")
 
 
-def read_data(arguments):
+def read_data(arguments: Arguments) -> tuple[Corpus, Corpus]:
     """Return the (training, validation) texts that the arguments ask for."""
     column = None
     if arguments.text_columns:
@@ -190,14 +199,14 @@ def read_data(arguments):
     return train.sample(arguments.max_train_samples), validation.sample(arguments.max_eval_samples)
 
 
-def dataset(corpus):
+def dataset(corpus: Corpus) -> datasets.Dataset:
     """Return the rows as a `datasets.Dataset`."""
     import datasets
 
     return datasets.Dataset.from_list(corpus.rows)
 
 
-def load_tokenizer(path):
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the pretrained model."""
     with loading(path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -206,7 +215,7 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def load_empty_model(path):
+def load_empty_model(path: str) -> Any:
     """Return the model without its weights: on the meta device."""
     if Path(path, "adapter_config.json").exists():
         raise InputError(f"--model_name_or_path {path}: an adapter of PEFT's; merge it into its model first")
@@ -218,7 +227,7 @@ def load_empty_model(path):
         return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def train_tokenizer(corpus):
+def train_tokenizer(corpus: Corpus) -> PreTrainedTokenizerBase:
     """Return a tokenizer of `VOCABULARY` byte pairs that is made for the texts."""
     import tokenizers
 
@@ -227,18 +236,26 @@ def train_tokenizer(corpus):
     texts = (text for row in corpus.rows for text in row.values())
     model.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=[end], show_progress=False)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model._tokenizer, eos_token=end, pad_token=end, model_max_length=GPT["n_positions"]
+        tokenizer_object=model._tokenizer, eos_token=end, pad_token=end, model_max_length=POSITIONS
     )
 
 
-def new_model(tokenizer):
+def new_model(tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return a small GPT with random weights."""
-    end = tokenizer.eos_token_id
-    config = transformers.GPT2Config(vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, **GPT)
+    end: Any = tokenizer.eos_token_id
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=POSITIONS,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
-def check_messages(tokenizer, corpus, path):
+def check_messages(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, path: str | None) -> None:
     """Raise InputError for messages of which the chat template makes no text."""
     if not corpus.has_messages:
         return
@@ -254,7 +271,7 @@ def check_messages(tokenizer, corpus, path):
 
 
 @torch.no_grad()
-def check_causal(model, path):
+def check_causal(model: Any, path: str) -> None:
     """Raise InputError if a token changes what is predicted before it, as in BERT."""
     model.eval()
     seen = torch.ones(1, 4, dtype=torch.long)
@@ -268,26 +285,27 @@ def check_causal(model, path):
         )
 
 
-def with_adapter(arguments, model):
+def with_adapter(arguments: Arguments, model: Any) -> Any:
     """Return the model with the LoRA adapter that the options ask for.
 
     Raises:
         InputError: there is nothing for it to be put into.
     """
     import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     try:
         with quiet():
             model = peft.get_peft_model(model, adapter_config(arguments))
     except ValueError as error:
         raise InputError(f"--lora_target_modules: {one_line(error)}") from error
-    if isinstance(model.get_output_embeddings(), peft.tuners.tuners_utils.BaseTunerLayer):
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise InputError("--lora_target_modules: TRL trains no adapter of the output layer")
     return model
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Leave out what the libraries warn each other of: GPT-2's transposed weights, names that will change."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -295,15 +313,15 @@ def quiet():
         yield
 
 
-def adapter_config(arguments):
+def adapter_config(arguments: Arguments) -> peft.LoraConfig:
     """Return PEFT's configuration of the adapter."""
     import peft
 
     modules = arguments.lora_target_modules
-    return peft.LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=modules[0] if modules == ["all-linear"] else modules,
-        task_type="CAUSAL_LM",
-    )
+    keywords: dict[str, Any] = {
+        "r": arguments.lora_r,
+        "lora_alpha": arguments.lora_alpha,
+        "lora_dropout": arguments.lora_dropout,
+        "target_modules": "all-linear" if modules == ["all-linear"] else modules,
+    }
+    return peft.LoraConfig(**keywords, task_type="CAUSAL_LM")

@@ -9,12 +9,8 @@ from pathlib import Path
 import torch
 
 from .errors import InputError, one_line, writing
+from .optional import transformers
 from .texts import label_ids
-
-try:
-    import transformers
-except ImportError:
-    transformers = None
 
 
 def model_path(arguments):
@@ -97,7 +93,7 @@ def text_length(max_seq_length, tokenizer, model, pairs):
     Raises:
         InputError: nothing of the texts would be left.
     """
-    length = min(max_seq_length, tokenizer.model_max_length, position_limit(model))
+    length = int(min(max_seq_length, tokenizer.model_max_length, position_limit(model)))
     special = tokenizer.num_special_tokens_to_add(pair=pairs)
     if length <= special:
         raise InputError(f"Invalid --max_seq_length: {length}; must be > {special}, the number of special tokens")

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 
@@ -25,26 +25,25 @@ SAM_TYPES = {
     "fisher-gsam": "Fisher-GSAM",
     "momentum-sam": "MomentumSAM",
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What is trained.
-TASKS = ("sequence-classification", "causal-lm")
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Which weights can be trained.
-TRAINABLE = ("all", "fish", "random", "bitfit")
+Trainable = Literal["all", "fish", "random", "bitfit"]
+TRAINABLE: tuple[Trainable, ...] = get_args(Trainable)
 
 _SHARP = SAM_TYPES.keys() - {"none"}
 _TWO_PASSES = _SHARP - {"momentum-sam"}
 ESAM = {"esam", "fisher-esam"}
 _GSAM = {"gsam", "fisher-gsam"}
 FISHER = {"fisher-sam", "fisher-esam", "fisher-gsam"}
-AUTO = "auto"
-DECAY = "decay"
-WARMUP_STABLE_DECAY = "warmup_stable_decay"
-LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", WARMUP_STABLE_DECAY)
+AUTO: Final = "auto"
+DECAY: Final = "decay"
+WARMUP_STABLE_DECAY: Final = "warmup_stable_decay"
+LRScheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "warmup_stable_decay"]
 # Those whose rho has the scale of SAM's, which `find_rho` suggests.
 AUTO_RHO = {"sam", "gsam", "fisher-sam", "fisher-gsam"}
 # Default radius of those that have another scale: ASAM measures it in sizes of the weights, MomentumSAM's direction is
 # an average of gradients. docs/evidence.md shows the grids.
-RHO = {"asam": 0.1, "momentum-sam": 0.05}
+RHO: dict[str, float | Literal["auto"]] = {"asam": 0.1, "momentum-sam": 0.05}
 # The value of ``--report`` for no report.
 NO_REPORT = "none"
 
@@ -62,13 +61,13 @@ class Meaning:
     """
 
     option: str
-    owner: Callable
+    owner: Callable[..., object]
     argument: str
     default: float | str | None
     users: set[str]
 
 
-MEANINGS = [
+MEANINGS: list[Meaning] = [
     Meaning("rho", FSAM, "rho", 0.02, _SHARP),
     Meaning("alpha", FSAM, "alpha", 0.4, _GSAM),
     Meaning("sigma", FSAM, "sigma", 1.0, {"friendly-sam"}),
@@ -130,7 +129,7 @@ TASK_OF = {
     ),
 }
 # Defaults of options whose fields have none, by the situation; earlier ones go before later ones.
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, float]] = {
     "lora": {"learning_rate": 2e-4, "lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.05},
     "from scratch": {"learning_rate": 2e-3},
     "packaged texts": {"max_seq_length": 32, "num_train_epochs": 6.0, "label_noise": 0.2},
@@ -150,22 +149,22 @@ DEFAULTS = {
 }
 
 
-def radius(word):
+def radius(word: str) -> float | Literal["auto"]:
     """Return a word as what ``--rho`` takes: a number, or auto."""
     return word if word == AUTO else float(word)
 
 
-def share(word):
+def share(word: str) -> float | Literal["decay"]:
     """Return a word as what ``--sam_last`` takes: a number, or decay."""
     return word if word == DECAY else float(word)
 
 
-def option(default, text, **keywords):
+def option(default: object, text: str, **keywords: object) -> Any:
     """Return a dataclass field with a default and a line of ``--help``."""
     return dataclasses.field(default=default, metadata={"help": text, **keywords})
 
 
-def tuning(text, **keywords):
+def tuning(text: str, **keywords: object) -> Any:
     """Return the field of an option whose default is in `MEANINGS`: None tells that it was not given."""
     return option(None, text, **keywords)
 
@@ -188,14 +187,19 @@ GROUPS = {
 
 @dataclass
 class Arguments:
-    """The options of the command line; the names are those of transformers' ``run_glue.py`` where it has them."""
+    """The options of the command line; the names are those of transformers' ``run_glue.py`` where it has them.
+
+    What may be None is so after `__post_init__`, too, which gives other options that are not given their defaults.
+    """
 
     model_name_or_path: str | None = option(
         None,
         "folder or hub name (default: the packaged all-MiniLM-L6-v2; causal-lm: a small GPT from scratch)",
         metavar="MODEL",
     )
-    task: Literal[TASKS] = option("sequence-classification", "what the model is trained for")
+    task: Literal["sequence-classification", "causal-lm"] = option(
+        "sequence-classification", "what the model is trained for"
+    )
     task_name: str | None = option(None, "GLUE task, loaded with the datasets package")
     train_file: str | None = option(
         None, ".csv, .tsv, .json or .jsonl (JSON: one object per line); causal-lm: or .txt", metavar="FILE"
@@ -206,9 +210,7 @@ class Arguments:
         None, "column with the texts, or two with a comma between for pairs", metavar="NAME[,NAME]"
     )
     label_column_name: str = option("label", "column with the labels: strings or integers")
-    max_seq_length: int | None = option(
-        None, "texts are cut to this many tokens", aliases=["--max_length", "--block_size"]
-    )
+    max_seq_length: int = option(None, "texts are cut to this many tokens", aliases=["--max_length", "--block_size"])
     packing: bool = option(False, "causal-lm: put several texts into each row of --max_seq_length tokens")
     packing_strategy: Literal["bfd", "bfd_split", "wrapped"] | None = option(
         None, "causal-lm: bfd cuts long texts, bfd_split splits them, wrapped ignores where texts end (default: bfd)"
@@ -225,70 +227,62 @@ class Arguments:
     save_steps: int | None = option(None, "write a checkpoint to --output_dir every so many steps")
     resume_from_checkpoint: bool = option(False, "continue from the checkpoint in --output_dir, with the same options")
 
-    sam_type: list[str] | None = dataclasses.field(
-        default=None,
-        metadata={
-            "choices": list(SAM_TYPES),
-            "metavar": "TYPE",
-            "help": f"{', '.join(SAM_TYPES)}; several are compared "
-            "(default: none momentum-sam fisher-sam; sam instead of fisher-sam unless all weights are trained)",
-        },
+    sam_type: list[str] = option(
+        None,
+        f"{', '.join(SAM_TYPES)}; several are compared "
+        "(default: none momentum-sam fisher-sam; sam instead of fisher-sam unless all weights are trained)",
+        choices=list(SAM_TYPES),
+        metavar="TYPE",
     )
-    trainable: Literal[TRAINABLE] = option(
+    trainable: Trainable = option(
         "all", "weights: all, a share by Fisher information, one at random, or biases; a new head always"
     )
-    keep_ratio: float | None = tuning(
+    keep_ratio: float = tuning(
         "fisher types: share of the weights that is perturbed; fish and random: share that is trained"
     )
-    num_fisher_samples: int | None = tuning("fish: training texts that the Fisher information is estimated from")
+    num_fisher_samples: int = tuning("fish: training texts that the Fisher information is estimated from")
     local_steps: int | None = option(None, "with torchrun: workers merge the trained weights every so many steps")
 
     lora: bool = option(False, "causal-lm: train a LoRA adapter, with PEFT", aliases=["--use_peft"])
     lora_r: int | None = option(None, "rank of the adapter's matrices")
     lora_alpha: float | None = option(None, "the adapter is scaled by this over its rank")
     lora_dropout: float | None = option(None, "dropout before the adapter's matrices")
-    lora_target_modules: list[str] | None = dataclasses.field(
-        default=None,
-        metadata={
-            "metavar": "NAME",
-            "help": "modules that get an adapter, or all-linear (default: PEFT's choice for the model)",
-        },
+    lora_target_modules: list[str] | None = option(
+        None, "modules that get an adapter, or all-linear (default: PEFT's choice for the model)", metavar="NAME"
     )
 
-    rho: float | Literal[AUTO] | None = tuning(
+    rho: float | Literal["auto"] = tuning(
         "radius of the perturbation; auto: found before each run "
         "(default: 0.02; asam 0.1, momentum-sam 0.05; without --sam_type auto)",
         type=radius,
         metavar="X|auto",
     )
-    alpha: float | None = tuning("gsam types: weight of the surrogate gap")
-    sigma: float | None = tuning("friendly-sam: how much of the average gradient is left out of the perturbation")
-    lmbda: float | None = tuning("friendly-sam: decay of that average")
-    beta: float | None = tuning("esam types: part of the tensors, or weights, that is perturbed")
-    beta_per: Literal["tensor", "element"] | None = tuning("esam types: what --beta draws")
-    gamma: float | None = tuning("esam types: part of the batch in the second pass")
-    ascent_fraction: float | None = tuning("part of the batch in the first pass")
-    sam_every: int | None = tuning("a sharpness-aware step every so many steps")
-    sam_reuse: float | None = tuning("LookSAM: weight of the last sharpness-aware gradient in the steps between")
-    sam_last: float | Literal[DECAY] | None = tuning(
+    alpha: float = tuning("gsam types: weight of the surrogate gap")
+    sigma: float = tuning("friendly-sam: how much of the average gradient is left out of the perturbation")
+    lmbda: float = tuning("friendly-sam: decay of that average")
+    beta: float = tuning("esam types: part of the tensors, or weights, that is perturbed")
+    beta_per: Literal["tensor", "element"] = tuning("esam types: what --beta draws")
+    gamma: float = tuning("esam types: part of the batch in the second pass")
+    ascent_fraction: float = tuning("part of the batch in the first pass")
+    sam_every: int = tuning("a sharpness-aware step every so many steps")
+    sam_reuse: float = tuning("LookSAM: weight of the last sharpness-aware gradient in the steps between")
+    sam_last: float | Literal["decay"] = tuning(
         "last part of the steps that is sharpness-aware; decay: those in which the learning rate falls",
         type=share,
         metavar="X|decay",
     )
-    rho_warmup_ratio: float | None = tuning("share of these steps over which rho rises from 0")
+    rho_warmup_ratio: float = tuning("share of these steps over which rho rises from 0")
     rho_follows: Literal["lr", "cosine"] | None = tuning(
         "rho rises and falls as the learning rate does, or falls on half a cosine (default: it is constant)"
     )
-    rho_min: float | None = tuning("where rho ends, with --rho_follows")
+    rho_min: float = tuning("where rho ends, with --rho_follows")
 
-    mask_interval: int | None = tuning("perturbations between two masks", aliases=["--mask_iter_e"])
-    mask_unit: Literal["element", "tensor", "row", 32, 128] | None = tuning("what is chosen as a whole")
-    mask_samples: int | None = tuning("perturbations whose squared gradients make a mask")
-    mask_scores: Literal["fisher", "random"] | None = tuning("what decides; random is a control")
-    mask_excluded: Literal["always", "never"] | None = tuning(
-        "perturb biases, embeddings and norm layers always or never"
-    )
-    mask_norm: Literal["all", "masked"] | None = tuning("norm over all gradients or the mask's")
+    mask_interval: int = tuning("perturbations between two masks", aliases=["--mask_iter_e"])
+    mask_unit: Literal["element", "tensor", "row", 32, 128] = tuning("what is chosen as a whole")
+    mask_samples: int = tuning("perturbations whose squared gradients make a mask")
+    mask_scores: Literal["fisher", "random"] = tuning("what decides; random is a control")
+    mask_excluded: Literal["always", "never"] = tuning("perturb biases, embeddings and norm layers always or never")
+    mask_norm: Literal["all", "masked"] = tuning("norm over all gradients or the mask's")
 
     l2_sp: float = option(0.0, "decay of the pretrained parameters towards their initial values")
     ema_decay: float | None = option(None, "evaluate and save an average of the weights with this decay, 0.999 say")
@@ -299,19 +293,19 @@ class Arguments:
     label_smoothing_factor: float = option(0.0, "share of each label that is spread over all labels")
     label_noise: float | None = option(None, "share of the training labels that are made wrong, for a comparison")
 
-    num_train_epochs: float | None = option(None, "times the training texts are seen")
+    num_train_epochs: float = option(None, "times the training texts are seen")
     max_steps: int = option(-1, "if positive, the number of steps instead")
-    per_device_train_batch_size: int | None = option(None, "texts per batch of training")
+    per_device_train_batch_size: int = option(None, "texts per batch of training")
     gradient_accumulation_steps: int = option(1, "batches per step")
     per_device_eval_batch_size: int = option(32, "texts per batch of evaluation")
 
-    learning_rate: float | None = option(
+    learning_rate: float = option(
         None,
         "peak learning rate; for BERT-sized models 2e-5 to 5e-5 "
         "(default: 2e-4; causal-lm: 2e-5, from scratch 2e-3, with --lora 2e-4)",
     )
-    lr_scheduler_type: Literal[LR_SCHEDULERS] = option(
-        "linear", f"schedule of the learning rate: {', '.join(LR_SCHEDULERS)}", metavar="NAME"
+    lr_scheduler_type: LRScheduler = option(
+        "linear", f"schedule of the learning rate: {', '.join(get_args(LRScheduler))}", metavar="NAME"
     )
     lr_decay_ratio: float = option(0.2, "warmup_stable_decay: share of the steps over which the learning rate falls")
     warmup_ratio: float = option(0.1, "share of the steps over which the learning rate rises")
@@ -334,14 +328,14 @@ class Arguments:
     bf16: bool = option(False, "torch.autocast in bfloat16 over fp32 weights")
     use_cpu: bool = option(False, "stay on the CPU where there is a GPU")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sam_type is None:
             some = not self.trains_all or self.lora
             self.sam_type = ["none", "momentum-sam", "sam" if some else "fisher-sam"]
             if self.rho is None and not self.why_no_search:
                 self.rho = AUTO
         self.sam_type = list(dict.fromkeys(self.sam_type))
-        self.given = list(dict.fromkeys(m.option for m in MEANINGS if getattr(self, m.option) is not None))
+        self.given: list[str] = list(dict.fromkeys(m.option for m in MEANINGS if getattr(self, m.option) is not None))
         for meaning in MEANINGS:
             name = meaning.option
             if name not in self.given and (getattr(self, name) is None or self.uses(meaning)):
@@ -357,22 +351,22 @@ class Arguments:
                     setattr(self, name, value)
 
     @property
-    def from_scratch(self):
+    def from_scratch(self) -> bool:
         """Whether there is no pretrained model."""
         return self.task == "causal-lm" and not self.model_name_or_path
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """The device that trains."""
         return torch.device("cuda" if torch.cuda.is_available() and not self.use_cpu else "cpu")
 
     @property
-    def trains_all(self):
+    def trains_all(self) -> bool:
         """Whether all weights are trained."""
         return self.trainable == "all"
 
     @property
-    def why_no_search(self):
+    def why_no_search(self) -> str:
         """Why ``--rho auto`` cannot be had with the other options; empty where it can."""
         for wrong, why in (
             (
@@ -397,46 +391,46 @@ class Arguments:
                 return why
         return ""
 
-    def rho_of(self, sam_type):
+    def rho_of(self, sam_type: str) -> float | Literal["auto"]:
         """Return the radius of a type: the given one, its own default, or `AUTO` if it is to be found."""
         if "rho" not in self.given or (self.rho == AUTO and sam_type not in AUTO_RHO):
             return RHO.get(sam_type, self.rho)
         return self.rho
 
     @property
-    def report_folder(self):
+    def report_folder(self) -> str | None:
         """The folder of the report, or None for no report."""
         return None if self.report == NO_REPORT else self.report or self.output_dir
 
     @property
-    def mixes(self):
+    def mixes(self) -> bool:
         """Whether there is mixup."""
         return self.mixup_alpha is not None or self.mixup_lambda is not None
 
     @property
-    def text_columns(self):
+    def text_columns(self) -> list[str] | None:
         """The text columns as a list, or None where the user named none."""
-        return self.text_column_names and [name.strip() for name in self.text_column_names.split(",")]
+        return [name.strip() for name in self.text_column_names.split(",")] if self.text_column_names else None
 
     @property
-    def texts_per_step(self):
+    def texts_per_step(self) -> int:
         """Training texts in a step of one worker."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
-    def total_steps(self, texts, workers=1):
+    def total_steps(self, texts: int, workers: int = 1) -> int:
         """Return the steps of each worker in a run on so many training texts."""
         steps = math.ceil(texts / self.texts_per_step) // workers
         if steps == 0:
             raise InputError(f"{workers} workers are more than an epoch has steps")
         return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * steps)
 
-    def scheduler_kwargs(self, total_steps):
+    def scheduler_kwargs(self, total_steps: int) -> dict[str, int]:
         """Return what `transformers.get_scheduler` takes for this schedule alone, in a run of so many steps."""
         if self.lr_scheduler_type != WARMUP_STABLE_DECAY:
             return {}
         return {"num_decay_steps": math.ceil(total_steps * self.lr_decay_ratio)}
 
-    def of(self, owner, sam_type):
+    def of(self, owner: Callable[..., object], sam_type: str) -> dict[str, Any]:
         """Return the arguments that a class of the library takes from these options, as a dict."""
         return {
             meaning.argument: self.rho_of(sam_type) if meaning.option == "rho" else getattr(self, meaning.option)
@@ -444,6 +438,6 @@ class Arguments:
             if meaning.owner is owner and sam_type in meaning.users
         }
 
-    def uses(self, meaning):
+    def uses(self, meaning: Meaning) -> bool:
         """Whether an option has this use here."""
         return not meaning.users.isdisjoint({*self.sam_type, self.trainable})

@@ -28,13 +28,14 @@ class HelpFormatter(argparse.HelpFormatter):
         super().__init__(*arguments, max_help_position=32, **keywords)
 
     def _get_help_string(self, action):
-        if "(default:" in action.help:
-            return action.help
+        text = action.help or ""
+        if "(default:" in text:
+            return text
         defaults = [str(m.default) for m in MEANINGS if m.option == action.dest and m.default is not None]
         defaults += [str(values[action.dest]) for values in DEFAULTS.values() if action.dest in values]
         if not defaults and not any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS)):
             defaults = [str(action.default)]
-        return f"{action.help} (default: {' or '.join(defaults)})" if defaults else action.help
+        return f"{text} (default: {' or '.join(defaults)})" if defaults else text
 
     def _format_args(self, action, default_metavar):
         return "" if action.const is True else super()._format_args(action, default_metavar)
@@ -49,7 +50,7 @@ def build_parser():
         formatter_class=HelpFormatter,
         usage="%(prog)s [options]",
     )
-    kinds = typing.get_type_hints(Arguments)
+    kinds, group = typing.get_type_hints(Arguments), parser
     for field in dataclasses.fields(Arguments):
         if field.name in GROUPS:
             group = parser.add_argument_group(GROUPS[field.name])

@@ -8,15 +8,10 @@ import torch
 
 from .. import analysis
 from .errors import one_line
+from .optional import tqdm, transformers
 from .options import SAM_TYPES
 from .results import run_folder
 from .texts import SUBSET_SEED
-
-try:
-    import transformers
-    from tqdm import tqdm
-except ImportError:
-    transformers = None
 
 # Texts of the sample and of its batches; the radius in which sharpness is measured, and the steps to the worst case.
 TEXTS = 32

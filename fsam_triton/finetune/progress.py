@@ -2,7 +2,7 @@
 
 import contextlib
 
-from tqdm import tqdm
+from .optional import tqdm
 
 
 @contextlib.contextmanager

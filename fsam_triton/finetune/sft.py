@@ -4,12 +4,15 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
 import transformers
-import trl
+from torch import Tensor
+from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]  (trl exports them lazily)
 
 from .. import FSAM
 from ..analysis import mask_density, rounded_weights
@@ -81,10 +84,12 @@ class Trainer:
             train, validation: the texts of the task, which the trainer has.
             checkpoint: called with this trainer after every ``--save_steps`` steps.
         """
-        self.sft.notes.saved = lambda: checkpoint(self)
+        if checkpoint:
+            self.sft.notes.saved = lambda: checkpoint(self)
         transformers.set_seed(self.arguments.seed)
+        peak = PeakMemory(self.arguments.device)
         try:
-            with PeakMemory(self.arguments.device) as peak:
+            with peak:
                 self.sft.train(resume_from_checkpoint=self.checkpoint)
         finally:
             self.sft.notes.progress.close()
@@ -116,7 +121,7 @@ class Trainer:
         Raises:
             InputError: the Trainer's checkpoint is gone.
         """
-        folder = Path(self.sft.args.output_dir, f"checkpoint-{state['step']}")
+        folder = Path(str(self.sft.args.output_dir), f"checkpoint-{state['step']}")
         if not (folder / "trainer_state.json").exists():
             raise InputError(f"--resume_from_checkpoint: {folder} is missing or damaged")
         self.run = self.sft.run = Run(**state["run"])
@@ -129,7 +134,7 @@ def training_arguments(arguments, sam_type, task):
     if arguments.save_steps or arguments.resume_from_checkpoint:
         folder = folder / TRAINER_CHECKPOINTS / sam_type
     prepared = task.collator is not None
-    return trl.SFTConfig(
+    return SFTConfig(
         str(folder),
         max_length=task.length,
         packing=arguments.packing,
@@ -173,12 +178,24 @@ def keep_tokens(sft, task, arguments):
     task.train, task.validation, task.collator = sft.train_dataset, sft.eval_dataset, sft.data_collator
 
 
-class Noted:
+# The class below.
+if TYPE_CHECKING:
+    _Below = SFTTrainer
+else:
+    _Below = object
+
+
+class Noted(_Below):
     """Goes before TRL's trainer: the optimizer of the options, the perplexity of all tokens, and notes of each step."""
+
+    # The class below allows None and other kinds of data sets, too.
+    model: Any
+    train_dataset: Any
 
     def __init__(self, *, run, make_optimizer, **keywords):
         self.run, self.make_optimizer = run, make_optimizer
-        self.step_loss, self.step_tokens = 0.0, 0
+        self.step_loss: Tensor | float = 0.0
+        self.step_tokens: Tensor | int = 0
         super().__init__(**keywords)
         self.notes = Notes(self)
         self.remove_callback(transformers.PrinterCallback)
@@ -248,7 +265,7 @@ class Notes(transformers.TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.saved = None
+        self.saved: Callable[[], object] = lambda: None
         self.progress = Progress(trainer.run.name, 0, shown=False)
 
     def on_train_begin(self, args, state, control, **keywords):
@@ -280,9 +297,10 @@ class Notes(transformers.TrainerCallback):
         self.saved()
 
 
-class OnePassTrainer(Noted, trl.SFTTrainer):
+class OnePassTrainer(Noted, SFTTrainer):
     """For optimizers whose step is one pass."""
 
 
-class TwoPassTrainer(Noted, SharpnessAwareMixin, trl.SFTTrainer):
+# Type checkers see two base classes that are transformers' Trainer, of which TRL has changed a method's arguments.
+class TwoPassTrainer(Noted, SharpnessAwareMixin, SFTTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """For optimizers whose step is two passes."""

