@@ -291,7 +291,9 @@ class Arguments:
     mixup_where: Literal["pooled", "embeddings"] | None = option(None, "what mixup mixes (default: pooled)")
     mixup_start: float | None = option(None, "share of the steps before mixup begins (default: 0.5)")
     label_smoothing_factor: float = option(0.0, "share of each label that is spread over all labels")
-    label_noise: float | None = option(None, "share of the training labels that are made wrong, for a comparison")
+    label_noise: float | None = option(
+        None, "share of the training labels that are made wrong, to compare how optimizers bear it"
+    )
 
     num_train_epochs: float = option(None, "times the training texts are seen")
     max_steps: int = option(-1, "if positive, the number of steps instead")

@@ -81,7 +81,7 @@ def test_option_of_the_other_task_is_refused_by_name(name):
         ({"packing_strategy": "bfd"}, "--packing_strategy needs --packing"),
         ({"l2_sp": 0.1}, "--l2_sp needs pretrained weights that are trained: --model_name_or_path without --lora"),
         ({"validation_file": "a.txt"}, "--validation_file and --text_column_names need --train_file"),
-        ({"rho": -1.0}, "Invalid --rho: -1.0; must be >= 0"),
+        ({"rho": -1.0}, "Invalid --rho: -1.0; must be >= 0 and finite"),
     ],
 )
 def test_options_that_cannot_be_together_are_refused(options, message):
@@ -94,7 +94,7 @@ def test_defaults_are_those_of_the_task():
     names = ("max_seq_length", "num_train_epochs", "per_device_train_batch_size", "learning_rate")
     some = {"task": "causal-lm", "model_name_or_path": "gpt"}
     for options, values in (
-        ({}, (96, 4.0, 16, 2e-4)),
+        ({"train_file": "a.csv"}, (96, 4.0, 16, 2e-4)),
         (some, (1024, 3.0, 8, 2e-5)),
         ({**some, "lora": True}, (1024, 3.0, 8, 2e-4)),
         ({"task": "causal-lm"}, (1024, 3.0, 8, 2e-3)),
@@ -102,7 +102,7 @@ def test_defaults_are_those_of_the_task():
         arguments = Arguments(**options)
         assert tuple(getattr(arguments, name) for name in names) == values
         check_arguments(arguments)
-    assert Arguments(**some, lora=True).sam_type == ["none", "sam"]
+    assert Arguments(**some, lora=True).sam_type == ["none", "momentum-sam", "sam"]
     assert Arguments(**some, sam_type=["esam"]).gamma == 1.0
 
 
