@@ -1,6 +1,7 @@
 """Shows how far a run is, and says what is waited for when that is not a step."""
 
 import contextlib
+import time
 
 from .optional import tqdm
 
@@ -30,7 +31,7 @@ class Progress:
     """
 
     def __init__(self, name, total, done=0, shown=True):
-        self.name, self.shown, self.first = name, shown, done + 1
+        self.name, self.shown, self.first, self.start = name, shown, done + 1, time.time()
         self.bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=not shown)
         self.bar.set_postfix_str("first step: compiling")
 
@@ -47,7 +48,7 @@ class Progress:
         self.bar.set_postfix_str(f"loss={loss:.3f}", refresh=False)
         if number == self.first and self.shown:
             self.bar.n = self.bar.initial = self.bar.last_print_n = number
-            self._leave_out()
+            self._leave_out(time.time() - self.start)
         else:
             self.bar.update()
 
@@ -55,11 +56,14 @@ class Progress:
     def waiting(self, doing, total, unit="batch"):
         """Context for what is done between two steps: `waiting`, whose time the bar of the steps leaves out."""
         self.bar.set_postfix_str(doing)
+        start = time.time()
         with waiting(f"{self.name}: {doing}", total, unit, self.shown) as passed:
             yield passed
-        self._leave_out()
+        self._leave_out(time.time() - start)
 
-    def _leave_out(self):
-        """Take the time since the last change out of the bar's account, as tqdm does after a pause."""
-        self.bar.unpause()
-        self.bar.refresh()
+    def _leave_out(self, seconds):
+        """Take so much time out of the bar's account."""
+        if self.shown:
+            self.bar.start_t += seconds
+            self.bar.last_print_t += seconds
+            self.bar.refresh()

@@ -17,16 +17,17 @@ from fsam_triton.optim import recipes  # noqa: E402
 from tests.finetune.running import results, trained  # noqa: E402
 
 
-def test_without_sam_type_adamw_and_fsam_are_compared(options, tmp_path, capsys):
+def test_without_sam_type_adamw_and_two_sharp_optimizers_are_compared(options, tmp_path, capsys):
     assert finetune.main(options) == 0
     out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {"none", "fisher-sam", "all_results.json", "training_curves.png"}
+    folders = {"none", "momentum-sam", "fisher-sam"}
+    assert {path.name for path in out.iterdir()} == {*folders, "all_results.json", "training_curves.png"}
     assert (out / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr()
     table = printed.out.splitlines()
     assert table[0].endswith("reviews.csv: 36 training and 36 validation texts, 2 labels")
     assert table[1] == "texts are cut to 32 tokens: model and tokenizer take no more"
-    assert [line.split()[0] for line in table[2:5]] == ["optimizer", "AdamW", "Fisher-SAM"]
+    assert [line.split()[0] for line in table[3:7]] == ["optimizer", "AdamW", "MomentumSAM", "Fisher-SAM"]
     assert "4/4" in printed.err
 
 
@@ -66,10 +67,13 @@ def test_sample_limits_apply_to_training_and_validation(options):
         (["--keep_ratio", "1e-5"], "Invalid --keep_ratio: 1e-05; keeps 0 of"),
         (["--trainable", "fish", "--keep_ratio", "1e-3"], "Invalid --keep_ratio: 0.001; keeps 19 of 19810 weights"),
         (["--trainable", "random", "--keep_ratio", "1e-3"], "always_trainable has 66; must keep at least 66"),
-        (["--trainable", "bitfit", "--keep_ratio", "0.1"], "--keep_ratio has no meaning for --sam_type none sam"),
+        (
+            ["--trainable", "bitfit", "--keep_ratio", "0.1"],
+            "--keep_ratio has no meaning for --sam_type none momentum-sam sam",
+        ),
         (["--save_delta"], "--save_delta needs --trainable fish, random or bitfit"),
         (["--learning_rate", "-1"], "Invalid --learning_rate: -1.0; must be a finite number >= 0"),
-        (["--alpha", "0.4"], "--alpha has no meaning for --sam_type none fisher-sam, only for gsam, fisher-gsam"),
+        (["--alpha", "0.4"], "--alpha has no meaning for --sam_type none momentum-sam fisher-sam, only"),
         (["--mask_iter_e", "0"], "Invalid --mask_interval: 0; must be an int >= 1"),
         (["--warmup_ratio", "2"], "Invalid --warmup_ratio: 2.0; must be between 0 and 1"),
         (["--per_device_train_batch_size", "0"], "Invalid --per_device_train_batch_size: 0; must be > 0"),

@@ -1,6 +1,7 @@
 """The bar of a run's steps says what is waited for, and leaves that out of its time per step."""
 
 import io
+import types
 
 import pytest
 
@@ -21,6 +22,7 @@ def clock(monkeypatch):
             self.start_t = self.last_print_t = now[0]
 
     monkeypatch.setattr(progress, "tqdm", Bar)
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(time=lambda: now[0]))
     return now, printed
 
 
@@ -68,3 +70,18 @@ def test_hidden_bar_prints_nothing(clock):
         passed()
     bar.close()
     assert printed.getvalue() == ""
+
+
+def test_steps_that_are_too_fast_to_be_printed_count(clock):
+    now, printed = clock
+    bar = progress.Progress("SAM", 4)
+    bar.step(1, 0.5)
+    bar.bar.mininterval = 10.0
+    for number in (2, 3):
+        now[0] += 1.0
+        bar.step(number, 0.5)
+    with bar.waiting("evaluating", 1) as passed:
+        now[0] += 30.0
+        passed()
+    assert "3/4 [00:02<" in shown(printed)
+    bar.close()
