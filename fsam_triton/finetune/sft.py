@@ -109,7 +109,7 @@ class Trainer:
         if self.arguments.lora:
             return
         with self.final_weights(), rounded_weights(self.model, ROUNDED_BITS):
-            self.run.rounded = self.sft.judge(f"evaluating with {ROUNDED_BITS}-bit weights")
+            self.run.rounded = self.sft.score(f"evaluating with {ROUNDED_BITS}-bit weights")
 
     def state_dict(self):
         """Return what is noted, and the step at which the Trainer has written a checkpoint of all else."""
@@ -237,7 +237,7 @@ class Noted(_Below):
         return loss
 
     @torch.no_grad()
-    def judge(self, doing):
+    def score(self, doing):
         """Return perplexity and loss, inside `final_weights`: means over all tokens, not over batches."""
         total, tokens, batches = 0.0, 0, self.get_eval_dataloader()
         # A data loader draws from the generator of dropout.
@@ -254,7 +254,7 @@ class Noted(_Below):
     def evaluate(self, *arguments, **keywords):
         """Note perplexity and loss."""
         with self.final_weights():
-            perplexity, loss = self.judge("evaluating")
+            perplexity, loss = self.score("evaluating")
         self.run.evaluations.append((self.state.global_step, perplexity, loss))
         self.notes.progress.note(f"perplexity={perplexity:.2f}")
         return {"eval_loss": loss, "eval_perplexity": perplexity}

@@ -153,13 +153,14 @@ class Trainer:
             passed: called after each batch.
         """
         size, found = self.arguments.per_device_eval_batch_size, []
+        self.model.eval()
         with torch.no_grad():
             for i in range(0, len(features), size):
                 found.append(self.forward(self.collate(features[i : i + size])).logits)
                 passed()
         return torch.cat(found).float().cpu()
 
-    def judge(self, features, doing):
+    def score(self, features, doing):
         """Return accuracy and loss on ``features``, inside `final_weights`, and say meanwhile what is being done."""
         unlabelled = [{key: value for key, value in feature.items() if key != "labels"} for feature in features]
         labels = torch.tensor([feature["labels"] for feature in features])
@@ -172,13 +173,13 @@ class Trainer:
     def evaluate(self, features):
         """Note accuracy and loss on ``features``."""
         with self.final_weights():
-            self.run.evaluations.append((len(self.run.losses), *self.judge(features, "evaluating")))
+            self.run.evaluations.append((len(self.run.losses), *self.score(features, "evaluating")))
         self.progress.note(f"accuracy={self.run.evaluations[-1][1]:.3f}")
 
     def evaluate_rounded(self, features):
         """Note accuracy and loss on ``features`` with the linear layers rounded to `ROUNDED_BITS`."""
         with self.final_weights(), rounded_weights(self.model, ROUNDED_BITS):
-            self.run.rounded = self.judge(features, f"evaluating with {ROUNDED_BITS}-bit weights")
+            self.run.rounded = self.score(features, f"evaluating with {ROUNDED_BITS}-bit weights")
 
     def step(self, features):
         """Make one optimizer step on texts, of one batch or of several whose gradients add up; note loss and time."""
