@@ -22,7 +22,7 @@ from .results import Output, make_folder, run_folder, write_text
 from .texts import hold_out, label_names, read_bbc_news, read_glue, read_texts, with_wrong_labels
 from .training import Trainer, choose_mask, join_workers, search_rho
 
-# Packaged articles of each subject; docs/evidence.md says why so many.
+# Packaged articles of each subject.
 ARTICLES = {"train_per_label": 60, "validation_per_label": 60}
 
 
