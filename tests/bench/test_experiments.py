@@ -275,6 +275,7 @@ def test_runs_of_one_seed_share_the_head_and_the_texts_and_are_judged_after_roun
     assert seen[0][0].equal(seen[1][0])
     assert seen[0][1] == seen[1][1]
     assert [(one["steps"], one["passes"]) for one in records] == [(2, 2), (2, 4)]
+    assert "accuracy_8" not in run(replace(block, noise=0.4, epochs=1).setting(ADAMW, 1e-4, 0.0, 1, "test"))
     # 8 bits move logits little, 3 bits a lot.
     for one in records:
         assert 0 < abs(one["loss_8"] - one["loss"]) < abs(one["loss_3"] - one["loss"])
