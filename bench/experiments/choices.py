@@ -87,7 +87,7 @@ class Block:
 
     @property
     def chosen_in(self) -> Block:
-        """Where learning rates and strengths are chosen: all shares of wrong labels use those that are best with 20 %."""
+        """Where learning rates and strengths are chosen: whatever the share of wrong labels, with 20 %."""
         return replace(self, noise=0.2) if self.experiment == CLASSIFICATION else self
 
 
