@@ -15,7 +15,7 @@ from ..sparse_training.delta import ADAPTER_CONFIG, ADAPTER_DELTA
 from . import html, language_models, probe
 from .checks import check_arguments, check_mask, check_mixup
 from .errors import InputError, one_line, writing
-from .models import draw_batches, encode, load_empty_model, load_model, load_tokenizer, model_path, save, text_length
+from .models import draw_batches, encode, load_empty_model, load_tokenizer, model_path, save, text_length
 from .optional import transformers
 from .parser import parse
 from .results import Output, make_folder, run_folder, write_text
@@ -23,7 +23,7 @@ from .texts import hold_out, label_names, read_bbc_news, read_glue, read_texts, 
 from .training import Trainer, choose_mask, join_workers, search_rho
 
 # Packaged articles of each subject.
-ARTICLES = {"train_per_label": 60, "validation_per_label": 60}
+ARTICLES = {"train_per_label": 40, "validation_per_label": 60}
 
 
 def read_data(arguments):
@@ -92,10 +92,6 @@ class Task:
     def draw_batches(self, count, size, seed):
         """Yield batches of training texts drawn at random."""
         return draw_batches(self.tokenizer, self.train, count, size, seed)
-
-    def initial_model(self):
-        """Return the model that the runs start from."""
-        return load_model(self.path, self.names)[0]
 
     def saved_model(self, arguments, folder):
         """Return the model that a run has saved."""
@@ -195,7 +191,7 @@ def finetune(arguments, argv=()):
 def report(arguments, argv, task, output, mask):
     """Measure how sharp the saved models are, and write the HTML page."""
     sharpness = probe.measure_sharpness(arguments, task)
-    for run, found in zip(output.runs, sharpness[1:], strict=True):
+    for run, found in zip(output.runs, sharpness, strict=True):
         run.m_sharpness = found.m_sharpness if math.isfinite(found.m_sharpness) else None
     with writing(arguments.report_folder):
         output.page = html.write_report(arguments, argv, task, output.runs, mask, sharpness)
