@@ -56,7 +56,7 @@ class Anchors:
             check(anchor.shape == shape, f"anchors[{name!r}]", tuple(anchor.shape), f"must have shape {shape}")
         return anchor
 
-    def pull(self, group: Mapping[str, Any], i: int | None) -> bool:
+    def has(self, group: Mapping[str, Any], i: int | None) -> bool:
         """Whether a group's parameter has an anchor; of None, whether any of the group's may have one."""
         if i is None or isinstance(self.given, str):
             return group["l2_sp"] > 0
@@ -68,7 +68,7 @@ class Anchors:
         Raises:
             ArgumentError: a parameter was updated before without an anchor being kept.
         """
-        if not self.pull(lanes.groups[0], lanes.members[0].position):
+        if not self.has(lanes.groups[0], lanes.members[0].position):
             return
         lanes.lane("anchor", lanes.dtype)
         for i, member in enumerate(lanes.members):
@@ -85,7 +85,7 @@ class Anchors:
         """Have anchors that a loaded state does not have be those that there are, or else the present weights."""
         for group in groups:
             for i, p in enumerate(group["params"]):
-                if (entry := state.get(p)) and self.pull(group, i):
+                if (entry := state.get(p)) and self.has(group, i):
                     entry.setdefault("anchor", None)
 
 

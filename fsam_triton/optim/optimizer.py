@@ -229,7 +229,7 @@ class FusedOptimizer(Optimizer):
 
     def _structure(self, group: Mapping[str, Any], i: int | None) -> Hashable:
         state_format = group["state_format"] if i is None else state_formats.format_of(group, i)
-        return self.rule.lanes(group), self.anchors.pull(group, i), state_format
+        return self.rule.lanes(group), self.anchors.has(group, i), state_format
 
     def _prepare(self, lanes: Lanes, entries: list[Mapping[str, Any]]) -> None:
         """Make the lanes that new lanes need for the existing state."""
