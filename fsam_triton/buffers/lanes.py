@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, repeat
+from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 from operator import is_
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -15,124 +12,42 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..errors import ArgumentError, check
+from ..errors import check
 from ..kernels import spec
-from ..kernels.formats import combine, decode, encode, replace, split
-from ..kernels.reference import pack_mask, unpack_mask
-from ..kernels.segments import Plan, Segments, Uploaded, upload
+from ..kernels.formats import combine, replace, split
+from ..kernels.segments import Segments, Uploaded, upload
+from .entries import SHOWN, Entries, State, is_float
 from .guards import alike
+from .layout import SCALES, Layout, apart, dense_strides, shape_of_scales
+from .members import Member
+from .numbers import Numbers, about_members
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from typing_extensions import TypeIs
 
     from .perturbed import Perturbed
 
-# The state of an optimizer: for each parameter an entry, with values by name.
-State = dict[Tensor, dict[str, Any]]
 # The gradients of all parameters of some lanes, None where there is none.
 Gradients = Sequence[Tensor | None]
-# The lanes that `state` shows, in its order, and what a parameter's part is where its entry does not say: zeros, the
-# weights, the weights of its first update, or what it was.
-SHOWN = {
-    "exp_avg": "zeros",
-    "exp_avg_sq": "zeros",
-    "max_exp_avg_sq": "zeros",
-    "momentum_buffer": "zeros",
-    **{f"{name}_scale": "zeros" for name in spec.CODED},
-    "remainder": "zeros",
-    "anchor": "first",
-    "ema": "weights",
-    "fisher": "zeros",
-    "ascent_avg": "zeros",
-    "mask": "kept",
-    "orthogonal": "zeros",
-    "index": "kept",
-}
-# Those with one element for each `spec.GROUP` of the weights, beside "mask".
-SCALES = {f"{name}_scale": name for name in spec.CODED}
-
-
 # Elements that are put back at a time.
 _PART = 1 << 22
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """A parameter and what its optimizer calls it.
-
-    Args:
-        p: the parameter.
-        group: its parameter group.
-        position: in that group.
-        number: its position over all groups, which makes its random numbers.
-    """
-
-    p: Parameter
-    group: dict[str, Any]
-    position: int
-    number: int
-
-    @property
-    def name(self) -> str | None:
-        """Its name; see `name_of`."""
-        return name_of(self.group, self.position)
-
-    def __str__(self) -> str:
-        with contextlib.suppress(ArgumentError):
-            if self.name is not None:
-                return repr(self.name)
-        return f"number {self.position} of its group (shape {tuple(self.p.shape)})"
-
-
-def name_of(group: Mapping[str, Any], position: int) -> str | None:
-    """The name of a group's parameter; None without names, and for one that was appended later.
-
-    Raises:
-        ArgumentError: parameters were taken out, and their names were not.
-    """
-    names, params = group.get("param_names"), group["params"]
-    if names is None:
-        return None
-    check(len(names) <= len(params), "param_names", names, f"must be those of the group's {len(params)} parameters")
-    return names[position] if position < len(names) else None
-
-
-class Numbers:
-    """Rows of hyper-parameters on a device, sent again only when a value has changed."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._sent: tuple[tuple[float | None, ...], ...] = ()
-        self._rows = torch.empty(0)
-
-    def rows(self, values: Sequence[Sequence[float | Tensor]]) -> Tensor:
-        """`values` as fp64 [rows, columns]. A tensor among them (a learning rate) is copied without a host sync."""
-        plain = tuple(tuple(None if isinstance(v, Tensor) else float(v) for v in row) for row in values)
-        if plain != self._sent:
-            host = torch.tensor([[0.0 if v is None else v for v in row] for row in plain], dtype=torch.float64)
-            sent, self._sent = upload(host, self._device), plain
-            # In place, because a captured CUDA graph reads them where they are.
-            self._rows = self._rows.copy_(sent) if self._rows.shape == sent.shape else sent
-        for i, row in enumerate(values):
-            for j, value in enumerate(row):
-                if isinstance(value, Tensor):
-                    self._rows[i, j].copy_(value.detach().squeeze(), non_blocking=True)
-        return self._rows
 
 
 class Lanes:
     """The flat buffers of some parameters, which stay where they are: weights and gradients are read and written there.
 
     A lane is a buffer with a part for each parameter, in the layout of `plan`; gaps hold zeros. `state[p]` of the
-    optimizer shows the parts, and is the truth: `follow` takes over what a user has put in their place.
+    optimizer shows the parts, and is the truth: `entries` takes over what a user has put in their place.
 
     Args:
         members: parameters that agree in device, type and whatever else a launch cannot tell apart.
 
     Attributes:
         members, params: the parameters.
-        plan: where each one's part begins.
+        plan: where each one's part is.
+        shapes, strides: of the parts.
+        full_shapes, full_strides: of the tensors whose memory the parameters are.
+        entries: what the optimizer's `state` shows.
         lanes: buffers by name [size]; of "mask", int32 words [size / 32].
         steps: fp32 [parameters], how often each was updated.
         perturbed: while some of the parameters are perturbed, how they were left; else None.
@@ -164,25 +79,23 @@ class Lanes:
         self._flags: tuple[list[bool], Tensor] | None = None
         self._grads_alike: Callable[..., bool] | None = None
         self._views: dict[str, list[Tensor]] = {}
-        # What `state` shows of each parameter: its entry, what we have put there, and where that is in memory.
-        self._entries: list[dict[str, Any] | None] = [None] * len(self.params)
-        self._published: list[dict[str, Tensor]] = [{} for _ in self.params]
-        self._published_at: list[list[int]] = [[] for _ in self.params]
-        # Everything in the entries, and what we have put there and its addresses, when they were last followed.
-        self._all_published: list[Any] | None = None
-        self._own: tuple[list[Tensor], list[int]] = [], []
         self.groups = list({id(member.group): member.group for member in self.members}.values())
         self._numbers: dict[str, Numbers] = {}
         self._about_members: Tensor | None = None
         # Whose part of "anchor" has been set.
         self._anchored = [False] * len(self.params)
+        self.entries = Entries(self)
 
     def _lay_out(self) -> None:
         memory = self.memory()
         self.device, self.dtype = memory[0].device, memory[0].dtype
-        self.shapes = self.full_shapes = [tensor.shape for tensor in memory]
-        self.strides = self.full_strides = [dense_strides(tensor) for tensor in memory]
-        self.plan = Plan([shape.numel() for shape in self.shapes], self.device)
+        self.full_shapes = [tensor.shape for tensor in memory]
+        self.full_strides = [dense_strides(tensor) for tensor in memory]
+        self.plan = self._layout()
+        self.shapes, self.strides = self.plan.shapes, self.plan.strides
+
+    def _layout(self) -> Layout:
+        return Layout(self.full_shapes, self.full_strides, self.device)
 
     def __len__(self) -> int:
         return len(self.params)
@@ -324,24 +237,6 @@ class Lanes:
             self._flags = list(active), upload(torch.tensor(active), self.device)
         return self._flags[1]
 
-    def exchange(self, name: str) -> tuple[Tensor, list[int]]:
-        """Put a lane's parts into the parameters that have been updated.
-
-        Returns:
-            A copy of their weights, in the layout of a lane, and their numbers, for `put_back`.
-        """
-        self.fits(thoroughly=True)
-        which = [i for i, entry in enumerate(self._entries) if entry is not None]
-        before = torch.zeros(self.plan.size, dtype=self.dtype, device=self.device)
-        for i in which:
-            self._part(before, i).copy_(self.clean(i))
-        self.write(name, which)
-        return before, which
-
-    def put_back(self, weights: Tensor, which: Sequence[int]) -> None:
-        """The inverse of `exchange`."""
-        self._write(weights, which)
-
     def like_parameter(self, i: int, part: Tensor) -> Tensor:
         """A tensor like a part of a lane as one like parameter i."""
         return part
@@ -362,14 +257,15 @@ class Lanes:
 
     def write(self, name: str, which: Sequence[int]) -> None:
         """Copy a lane's parts into these parameters."""
-        self._write(self.lanes[name], which)
+        self.write_flat(self.lanes[name], which)
 
-    def _write(self, flat: Tensor, which: Sequence[int]) -> None:
+    def write_flat(self, flat: Tensor, which: Sequence[int]) -> None:
+        """Copy parts of a buffer in the layout of a lane into these parameters."""
         if not which:
             return
         memory = self.memory()
         with torch.no_grad():
-            weights, parts = [memory[i].detach() for i in which], [self._part(flat, i) for i in which]
+            weights, parts = [memory[i].detach() for i in which], [self.plan.shaped(flat, i) for i in which]
             # torch has it without saying so.
             torch._foreach_copy_(weights, parts)  # pyright: ignore[reportPrivateImportUsage]
         self._tell([self.params[i] for i in which])
@@ -432,24 +328,15 @@ class Lanes:
     def lane(self, name: str, dtype: torch.dtype) -> Tensor:
         """The buffer of that name, made of zeros when first asked for."""
         if name not in self.lanes:
-            size = self.plan.size // spec.GROUP if name == "mask" or name in SCALES else self.plan.size
-            self.lanes[name] = torch.zeros(size, dtype=dtype, device=self.device)
-            for i, entry in enumerate(self._entries if name in SHOWN else ()):
-                if entry is not None and name not in entry:
-                    entry[name] = self._published[i][name] = self.shown(name, i)
-                    self._published_at[i].append(self._address(entry[name]))
-            self._all_published = None
+            self.lanes[name] = torch.zeros(self.plan.size_of(name), dtype=dtype, device=self.device)
+            self.entries.add(name)
         return self.lanes[name]
 
     def drop(self, name: str) -> None:
         """Let go of a buffer."""
         if self.lanes.pop(name, None) is not None:
             self._known.pop(id(self._views.pop(name, None)), None)
-            for i, (entry, published) in enumerate(zip(self._entries, self._published, strict=True)):
-                if published.pop(name, None) is not None and entry is not None:
-                    entry.pop(name, None)
-                    self._published_at[i] = list(map(self._address, published.values()))
-            self._all_published = None
+            self.entries.remove(name)
 
     def numbers(self, name: str, rows: Sequence[Sequence[float | Tensor]]) -> Tensor:
         """Rows of hyper-parameters, one for each of `groups`, as fp64 [groups, columns] on the device."""
@@ -460,14 +347,7 @@ class Lanes:
     def about_members(self) -> Tensor:
         """What of the parameters never changes, int64 [parameters, len(spec.MEMBER)] on the device."""
         if self._about_members is None:
-            order = {id(group): i for i, group in enumerate(self.groups)}
-            columns = {
-                "group": [order[id(member.group)] for member in self.members],
-                "salt": [member.number * spec.SALT & 0xFFFFFFFF for member in self.members],
-                "start": self.starts(),
-            }
-            host = torch.tensor([columns[name] for name in spec.MEMBER], dtype=torch.int64).T.contiguous()
-            self._about_members = upload(host, self.device)
+            self._about_members = about_members(self.members, self.groups, self.starts(), self.device)
         return self._about_members
 
     def starts(self) -> list[int]:
@@ -477,16 +357,10 @@ class Lanes:
     def views(self, name: str) -> list[Tensor]:
         """Each parameter's part of a lane, in its own shape and strides; of scales, see `shape_of_scales`."""
         if name not in self._views:
-            part = self._scales if name in SCALES else self._part
+            part = self.plan.scales if name in SCALES else self.plan.shaped
             views = self._views[name] = [part(self.lanes[name], i) for i in range(len(self))]
             self._known[id(views)] = np.array(list(map(Tensor.data_ptr, views)), np.int64)
         return self._views[name]
-
-    def _part(self, flat: Tensor, i: int) -> Tensor:
-        return self.plan.part(flat, i).as_strided(self.shapes[i], self.strides[i])
-
-    def _scales(self, flat: Tensor, i: int) -> Tensor:
-        return self.plan.words(flat, i).view(shape_of_scales(self.shapes[i]))
 
     def float_entry(self, i: int, entry: Mapping[str, Any]) -> dict[str, Any]:
         """An entry of a state for parameter i, with floats instead of codes of 8 bits."""
@@ -497,9 +371,7 @@ class Lanes:
         return out
 
     def _decoded(self, i: int, codes: Tensor, scale: Tensor) -> Tensor:
-        flat = torch.empty(self.shapes[i].numel(), dtype=codes.dtype, device=codes.device)
-        flat.as_strided(self.shapes[i], self.strides[i]).copy_(codes)
-        return decode(flat, scale.flatten()).as_strided(self.shapes[i], self.strides[i])
+        return self.plan.decoded(codes, scale, i)
 
     def is_coded(self, name: str) -> bool:
         """Whether a lane is kept in codes of 8 bits."""
@@ -507,76 +379,22 @@ class Lanes:
 
     def chosen(self, i: int) -> Tensor:
         """Parameter i's mask, bool in its shape."""
-        flat = unpack_mask(self.plan.words(self.lanes["mask"], i), torch.empty(self.shapes[i].numel(), device="meta"))
-        return flat.as_strided(self.shapes[i], self.strides[i]).clone()
+        return self.plan.bits(self.lanes["mask"], i)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def follow(self, state: State) -> None:
-        """Take over what a user has put into the parameters' entries of an optimizer's state, or taken out of them."""
-        names = len(self._names())
-        for i, (p, published) in enumerate(zip(self.params, self._published, strict=True)):
-            entry = state.get(p)
-            same = (
-                entry is not None
-                and entry is self._entries[i]
-                and len(entry) == len(published) == names
-                and all(map(is_, entry.values(), published.values()))
-            )
-            if not (same and list(map(self._address, published.values())) == self._published_at[i]):
-                self._adopt(i, entry)
-        self._all_published = list(chain.from_iterable(entry.values() for entry in self._entries if entry))
-        own = list(chain.from_iterable(map(dict.values, self._published)))
-        self._own = own, self._addresses(own)
-
-    def is_followed(self) -> bool:
-        """Whether the entries that `follow` saw, and none others, hold what we have put there, and where we have."""
-        if self._all_published is None:
-            return False
-        now = list(chain.from_iterable(map(dict.values, filter(None, self._entries))))
-        same = len(now) == len(self._all_published) and all(map(is_, now, self._all_published))
-        return same and self._addresses(self._own[0]) == self._own[1]
-
-    def _address(self, shown: Tensor) -> int:
+    def address(self, shown: Tensor) -> int:
+        """Where a tensor is in memory that `shown` has made."""
         return shown.data_ptr()
 
-    def _addresses(self, shown: Sequence[Tensor]) -> list[int]:
+    def addresses(self, shown: Sequence[Tensor]) -> list[int]:
+        """`address` of many."""
         return list(map(Tensor.data_ptr, shown))
 
-    def published_at(self) -> Iterable[int]:
-        """Where the tensors are that we have put into the entries."""
-        return filter(None, chain.from_iterable(self._published_at))
-
-    def separate(self, state: State, own: Container[int]) -> None:
-        """Copy what lies at `own` addresses but not in its place: to be taken over, it must not be written before."""
-        for p, published, places in zip(self.params, self._published, self._published_at, strict=True):
-            there = dict(zip(published, places, strict=True))
-            for name, value in (state.get(p) or {}).items():
-                if not isinstance(value, Tensor) or (address := self._address(value)) not in own:
-                    continue
-                if value is not published.get(name) or address != there[name]:
-                    state[p][name] = value.clone()
-
-    def _names(self) -> list[str]:
-        return ["step", *(name for name in SHOWN if name in self.lanes)]
-
-    def _adopt(self, i: int, entry: dict[str, Any] | None) -> None:
-        before = self._published[i]
-        there = dict(zip(before, self._published_at[i], strict=True))
-        for name in self._names():
-            value = None if entry is None else entry.get(name)
-            if name in SCALES and is_float((entry or {}).get(SCALES[name])):
-                # Somebody has put them in the place of codes, which have had their scales made for them.
-                continue
-            if value is None:
-                # Taken out by somebody; or never there, and zeros do not stand for that.
-                if name in before or (entry and not before and SHOWN.get(name) != "zeros"):
-                    self.reset(i, name)
-            elif value is not before.get(name) or self._address(value) != there[name]:
-                self.set(i, name, value)
-        self._entries[i], self._published[i], self._published_at[i] = None, {}, []
-        if entry:
-            self._publish(i, entry)
+    def show(self, state: State) -> None:
+        """Show the state of all parameters: a mask is chosen also of those that were never updated."""
+        self.entries.begin([True] * len(self), state)
+        self.entries.follow(state)
 
     def reset(self, i: int, name: str) -> None:
         """Make parameter i's part of a lane what it is in the beginning, or its count of steps 0."""
@@ -601,7 +419,9 @@ class Lanes:
             return
         value = self.taken(i, name, value) if like_parameter else value
         if self.is_coded(name) and value.is_floating_point():
-            self._encode(i, name, value)
+            codes, scale = self.plan.encoded(value, i, spec.CODED[name])
+            self.plan.part(self.lanes[name], i).copy_(codes)
+            self.plan.words(self.lanes[f"{name}_scale"], i).copy_(scale)
             return
         target = self.plan.words(self.lanes[name], i) if name == "mask" else self.views(name)[i]
         label = f"state {name!r} of parameter {self.members[i]}"
@@ -610,31 +430,9 @@ class Lanes:
         if name == "anchor":
             self._anchored[i] = True
 
-    def _encode(self, i: int, name: str, value: Tensor) -> None:
-        flat = torch.empty(self.shapes[i].numel(), dtype=torch.float32, device=self.device)
-        flat.as_strided(self.shapes[i], self.strides[i]).copy_(value)
-        codes, scale = encode(flat, spec.CODED[name])
-        self.plan.part(self.lanes[name], i).copy_(codes)
-        self.plan.words(self.lanes[f"{name}_scale"], i).copy_(scale)
-
     def has_anchor(self, i: int) -> bool:
         """Whether parameter i's part of "anchor" has been set."""
         return self._anchored[i]
-
-    def begin(self, active: Sequence[bool], state: State) -> None:
-        """Show the state of parameters that are updated for the first time."""
-        for i, now in enumerate(active):
-            if now and self._entries[i] is None:
-                for name in self._names()[1:]:
-                    if SHOWN[name] != "zeros":
-                        self.reset(i, name)
-                self._publish(i, state.setdefault(self.params[i], {}))
-                self._all_published = None
-
-    def show(self, state: State) -> None:
-        """Show the state of all parameters: a mask is chosen also of those that were never updated."""
-        self.begin([True] * len(self), state)
-        self.follow(state)
 
     def check_entry(self, i: int, name: str, value: Tensor) -> None:
         """Raise an ArgumentError if a value cannot become parameter i's part of a lane."""
@@ -649,12 +447,6 @@ class Lanes:
             return [torch.Size([-(-self.shapes[i].numel() // 32)]), self.shapes[i]]
         return [self.shapes[i]]
 
-    def _publish(self, i: int, entry: dict[str, Any]) -> None:
-        own = {name: self.steps[i] if name == "step" else self.shown(name, i) for name in self._names()}
-        entry.update(own)
-        self._entries[i], self._published[i] = entry, own
-        self._published_at[i] = list(map(self._address, own.values()))
-
     def shown(self, name: str, i: int) -> Tensor:
         """Parameter i's part of a lane as `state` shows it."""
         return apart(self.plan.words(self.lanes[name], i) if name == "mask" else self.views(name)[i])
@@ -662,9 +454,7 @@ class Lanes:
     def taken(self, i: int, name: str, value: Tensor) -> Tensor:
         """A value that `shown`, or somebody else, has made as the lane has it."""
         if name == "mask" and value.dtype == torch.bool:
-            flat = torch.zeros(self.shapes[i].numel(), dtype=torch.bool, device=value.device)
-            flat.as_strided(self.shapes[i], self.strides[i]).copy_(value)
-            return pack_mask(flat)
+            return self.plan.packed(value, i)
         if name == "remainder":
             # Shards show 16 bits as floats.
             value = value.view(torch.int16) if value.is_floating_point() else value
@@ -675,38 +465,5 @@ class Lanes:
         return value
 
 
-def apart(part: Tensor) -> Tensor:
-    """A part of a lane with a storage of its own extent in the same memory.
-
-    A view would make `torch.save` write the whole lane, and safetensors refuse tensors that share memory.
-    """
-    start, size = part.storage_offset() * part.element_size(), part.numel() * part.element_size()
-    storage = part.untyped_storage()[start : start + size]
-    with torch.no_grad():
-        return torch.empty(0, dtype=part.dtype, device=part.device).set_(storage, 0, part.shape, part.stride())
-
-
 class Moved(Exception):
     """A parameter is no longer what its lanes were made for."""
-
-
-def shape_of_scales(shape: Sequence[int]) -> torch.Size:
-    """What the scales of a parameter's codes look like: a row for each of its rows, in the order of memory.
-
-    Where rows are whole groups, shards of a parameter have whole groups, too.
-    """
-    return torch.Size([shape[0], math.prod(shape[1:]) // spec.GROUP])
-
-
-def can_be_coded(shape: Sequence[int]) -> bool:
-    """Whether a parameter of this shape can have codes of 8 bits: whatever its shards, rows must be whole groups."""
-    return len(shape) > 1 and math.prod(shape[1:]) % spec.GROUP == 0
-
-
-def is_float(value: object) -> TypeIs[Tensor]:
-    """Whether it is a tensor of floats."""
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def dense_strides(tensor: Tensor) -> tuple[int, ...]:
-    return torch.empty_like(tensor, device="meta").stride()

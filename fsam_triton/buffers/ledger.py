@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import check
-from .lanes import Gradients, Lanes, Member, Moved, State
+from .entries import State
+from .lanes import Gradients, Lanes, Moved
+from .members import Member
 from .perturbed import Perturbed
 from .sharded import ShardedLanes, is_sharded, local, shard_groups
 from .sharing import sharing
@@ -102,14 +104,14 @@ class Ledger:
         # Not by looking up every parameter, which would hash them all.
         keys, entries = self._followed
         same = len(state) == len(keys) and all(map(is_, state, keys)) and all(map(is_, state.values(), entries))
-        return same and all(lanes.is_followed() for lanes in self._all)
+        return same and all(lanes.entries.is_followed() for lanes in self._all)
 
     def _follow(self, state: State) -> None:
-        own = {address for lanes in self._all for address in lanes.published_at()}
+        own = {address for lanes in self._all for address in lanes.entries.published_at()}
         for lanes in self._all:
-            lanes.separate(state, own)
+            lanes.entries.separate(state, own)
         for lanes in self._all:
-            lanes.follow(state)
+            lanes.entries.follow(state)
         self._followed = list(state), list(state.values())
 
     def _fits(self) -> bool:

@@ -16,7 +16,10 @@ from torch.nn import Module, Parameter
 from ..errors import check
 from ..kernels import spec
 from ..kernels.reference import unpack_mask
-from .lanes import SCALES, Lanes, Member, State, shape_of_scales
+from .entries import State
+from .lanes import Lanes
+from .layout import SCALES, shape_of_scales
+from .members import Member
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -127,10 +130,10 @@ class ShardedLanes(Lanes):
             return [shape_of_scales(p.shape)]
         return [p.shape, torch.Size([-(-p.numel() // 32)])] if name == "mask" else [p.shape]
 
-    def _address(self, shown: Tensor) -> int:
+    def address(self, shown: Tensor) -> int:
         return local(shown).data_ptr()
 
-    def _addresses(self, shown: Sequence[Tensor]) -> list[int]:
+    def addresses(self, shown: Sequence[Tensor]) -> list[int]:
         # To ask that of DTensors takes longer than a step: what replaces one is followed, but not what moves it.
         return []
 
@@ -138,8 +141,8 @@ class ShardedLanes(Lanes):
         super().show(state)
         if "mask" in self.lanes:
             # What `state` shows of it are copies.
-            for i, published in enumerate(self._published):
-                local(published["mask"]).copy_(super().chosen(i))
+            for i, shown in enumerate(self.entries.published("mask")):
+                local(shown).copy_(super().chosen(i))
 
     def shown(self, name: str, i: int) -> Tensor:
         if name == "mask":

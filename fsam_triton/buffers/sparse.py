@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import ArgumentError, check
-from .lanes import Gradients, Lanes, Member, Moved
+from .lanes import Gradients, Lanes, Moved
+from .layout import Layout
+from .members import Member
 
 
 class SparseLanes(Lanes):
@@ -41,11 +43,8 @@ class SparseLanes(Lanes):
         # What a pass works on, from `weights` to `written`.
         self._compact = torch.empty(0)
 
-    def _lay_out(self) -> None:
-        super()._lay_out()
-        self.shapes = [torch.Size([length]) for length in self._lengths]
-        self.strides = [(1,)] * len(self._lengths)
-        self.plan = type(self.plan)(self._lengths, self.device)
+    def _layout(self) -> Layout:
+        return Layout([torch.Size([length]) for length in self._lengths], [(1,)] * len(self._lengths), self.device)
 
     # -- the user's memory ---------------------------------------------------------------------------------------------
 
@@ -58,7 +57,7 @@ class SparseLanes(Lanes):
         return self._split(self._compact)
 
     def written(self, active: Sequence[bool]) -> None:
-        self._write(self._compact, [i for i, now in enumerate(active) if now])
+        self.write_flat(self._compact, [i for i, now in enumerate(active) if now])
         self._compact = torch.empty(0)
 
     def _usable(self, grads: Gradients) -> Gradients:
@@ -85,7 +84,7 @@ class SparseLanes(Lanes):
         flat_in_memory(out.fill_(False)).index_fill_(0, self.plan.part(self._places, i).long(), True)
         return out
 
-    def _write(self, flat: Tensor, which: Sequence[int]) -> None:
+    def write_flat(self, flat: Tensor, which: Sequence[int]) -> None:
         if not which:
             return
         targets = [self._laid_out(i, self.params[i]) for i in which]
@@ -101,7 +100,7 @@ class SparseLanes(Lanes):
             flat = torch.zeros(self.plan.size, dtype=self.dtype, device=self.device)
             for i in which:
                 self.plan.part(flat, i).copy_(self.backup(i))
-            self._write(flat, which)
+            self.write_flat(flat, which)
         else:
             super().restore(which)
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import ops
-from ..buffers.lanes import Gradients, Lanes, name_of
+from ..buffers.lanes import Gradients, Lanes
 from ..buffers.ledger import Found, Ledger
+from ..buffers.members import name_of
 from ..buffers.perturbed import Perturbed
 from ..buffers.sharded import OtherParts, is_sharded, sum_over_shards
 from ..errors import check
@@ -253,7 +254,7 @@ class Ascent:
         flat = lanes.lane("scores" if lanes.counts_steps or self.backup_format else "backup", lanes.dtype).zero_()
         own = {i: grad.detach() for i in selectable if grads and (grad := grads[i]) is not None}
         if own:
-            parts = [lanes.plan.part(flat, i).as_strided(lanes.shapes[i], lanes.strides[i]) for i in own]
+            parts = [lanes.plan.shaped(flat, i) for i in own]
             # torch has it without saying so.
             torch._foreach_copy_(parts, list(own.values()))  # pyright: ignore[reportPrivateImportUsage]
         return flat

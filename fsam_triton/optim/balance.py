@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..buffers.lanes import Lanes, name_of
+from ..buffers.lanes import Lanes
 from ..buffers.ledger import Ledger
+from ..buffers.members import name_of
 from ..buffers.sharded import is_sharded
 from ..errors import check
 from ..kernels.segments import upload
 
 if TYPE_CHECKING:
     from ..masks.trained import FishMask
-    from .optimizer import Half
+    from .descent import Half
 
 # The parts of the names that peft gives to the two matrices of a pair, in both directions.
 _PARTNERS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}

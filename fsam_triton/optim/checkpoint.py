@@ -1,9 +1,9 @@
-"""What of a state dict must hold before an optimizer takes it over."""
+"""State dicts: what of one must hold before an optimizer takes it over, and one for other optimizers."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
 from itertools import chain
 from numbers import Real
 from typing import Any
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..buffers.lanes import SHOWN, Lanes, State
+from ..buffers.entries import SHOWN, State
 from ..buffers.ledger import Ledger
 from ..errors import check
 from ..kernels import spec
 from .rules import Rule
+from .state_formats import are_coded
 
 # Entries that torch.optim's load_state_dict makes floats of.
 _INTEGERS = ("mask", "index", "remainder")
@@ -45,9 +46,16 @@ def checked_state(
     groups: list[dict[str, Any]],
     ledger: Ledger,
     rule: Rule,
-    is_coded: Callable[[Lanes], bool],
+    unused: Container[str],
 ) -> State:
     """The entries of a state dict by parameter; codes of 8 bits as floats for lanes that are not to have codes.
+
+    Args:
+        state_dict: the state dict.
+        groups: the parameter groups of the optimizer that is to have the state.
+        ledger: its lanes.
+        rule: its rule.
+        unused: the names of what it does not use.
 
     Raises:
         ArgumentError: an entry is of another rule, or does not fit its parameter.
@@ -76,11 +84,23 @@ def checked_state(
                 lanes.check_entry(i, name, value)
         # A state of some weights is one of all weights where these are all that there are.
         out[p] = {"step": 1.0 if entry else 0.0, **{name: value for name, value in entry.items() if value is not None}}
-        if not is_coded(lanes):
+        if not are_coded(lanes):
             out[p] = lanes.float_entry(i, out[p])
         if "index" not in lanes.lanes:
             out[p].pop("index", None)
-    return out
+    return {p: {name: value for name, value in entry.items() if name not in unused} for p, entry in out.items()}
+
+
+def with_floats(state_dict: dict[str, Any], groups: list[dict[str, Any]], ledger: Ledger) -> dict[str, Any]:
+    """An optimizer's state dict, changed: with floats instead of codes of 8 bits; groups, ledger: the optimizer's."""
+    numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in groups)
+    state = state_dict["state"]
+    for number, p in zip(numbers, params, strict=True):
+        if (place := ledger.place(p)) is not None and number in state:
+            lanes, i = place
+            state[number] = lanes.float_entry(i, state[number])
+    return state_dict
 
 
 def _copied(value: Any, p: Parameter) -> Any:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import ops
-from ..buffers.lanes import Gradients, Lanes, Member
+from ..buffers.lanes import Gradients, Lanes
 from ..buffers.ledger import Found
+from ..buffers.members import Member
 from ..buffers.sharded import OtherParts, local
 from ..errors import check
 from ..masks.perturbed import FisherMask
@@ -20,7 +21,8 @@ from . import recipes
 from . import rho as radii
 from .ascent import Ascent
 from .clean import CleanView
-from .optimizer import Direction, FusedOptimizer, Half
+from .descent import Direction, Half
+from .optimizer import FusedOptimizer
 from .schedule import Schedule
 from .two_pass import TwoPass
 
@@ -236,7 +238,7 @@ class FSAM(TwoPass, FusedOptimizer):
         return self.alpha > 0 or self.schedule.reuse > 0
 
     def _check_idle(self) -> None:
-        self._refuse_inside_ema("a step")
+        self.average.refuse("a step")
 
     def _descend_all(self) -> None:
         try:

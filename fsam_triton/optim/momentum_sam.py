@@ -203,7 +203,7 @@ class MomentumSAM(FusedOptimizer):
         Raises:
             RuntimeError: the optimizer is in eval mode, or inside `ema_weights`.
         """
-        self._refuse_inside_ema("perturb()")
+        self.average.refuse("perturb()")
         if not self._training:
             raise RuntimeError("perturb() in eval mode: call optimizer.train() before")
         self._watch.stop()
@@ -242,7 +242,7 @@ class MomentumSAM(FusedOptimizer):
 
     @staticmethod
     def _before_forward(optimizer: MomentumSAM, module: nn.Module, will_train: bool) -> Callable[[], None] | None:
-        if optimizer._shows_ema or not (will_train or optimizer.perturbed):
+        if optimizer.average.is_shown or not (will_train or optimizer.perturbed):
             return None
         with torch.inference_mode(False):
             if not will_train:

@@ -4,82 +4,38 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import Parameter, is_lazy
+from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from .. import ops
 from ..buffers.flatten import flatten
-from ..buffers.lanes import Gradients, Lanes, can_be_coded, name_of
+from ..buffers.lanes import Gradients, Lanes
 from ..buffers.ledger import Found, Ledger
-from ..buffers.sharded import OtherParts, check_placements, check_shards_of_codes, is_sharded, sum_over_shards
+from ..buffers.sharded import OtherParts, is_sharded, sum_over_shards
 from ..errors import ArgumentError, check
 from ..kernels import spec
 from ..kernels.reference import compute_dtype
 from ..kernels.segments import Segments
 from ..masks.trained import FishMask
-from . import coefficients
-from .anchors import misnamed
+from . import average, coefficients, state_formats
+from .anchors import Anchors
+from .average import Average
 from .balance import Balance
-from .checkpoint import checked_groups, checked_state
+from .checkpoint import checked_groups, checked_state, with_floats
+from .descent import Direction, Half, descend, prepared
+from .groups import check_options, check_parameters, trained_positions
 from .release import GradientRelease
-from .rules import RULES, is_finite
+from .rules import RULES
 from .uncompiled import add_param_group, state_dict, uncompiled, zero_grad
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _UPDATE = 0x51ED270B
-
-
-@dataclass
-class Direction:
-    """How an update combines the gradients before the rule uses them.
-
-    Attributes:
-        combined: what the second gradients are for, one of `kernels.spec.COMBINED`.
-        alpha: how much they count.
-        measured: the squared norm of the gradients, if it matters, or all that `gap` returns for both; on the home
-            device.
-        other_scale: the factor with which a GradScaler has multiplied the second gradients.
-        squares: for balanced LoRA adapters, the squared norms by which they are balanced.
-    """
-
-    combined: str = "alone"
-    alpha: float = 0.0
-    measured: Tensor | None = None
-    other_scale: Tensor | None = None
-    squares: Tensor | None = None
-
-
-@dataclass
-class Half:
-    """Half a step of some lanes.
-
-    Attributes:
-        lanes: the lanes.
-        segments: the segments of the launch of each of its passes.
-        steps: how far weights are from the clean weights, if that is known instead of the clean weights.
-        squares: the squared norm of each gradient, if it has been measured.
-    """
-
-    lanes: Lanes
-    segments: Segments
-    steps: Tensor | None = None
-    squares: Tensor | None = None
-
-    def norm_sq(self) -> Tensor:
-        """The squared norm of all gradients."""
-        return ops.norm_sq(self.segments, False, None) if self.squares is None else self.squares.sum()
-
-    @property
-    def active(self) -> list[bool]:
-        """Which parameters take part."""
-        return self.segments.active
 
 
 class FusedOptimizer(Optimizer):
@@ -175,26 +131,22 @@ class FusedOptimizer(Optimizer):
         **hyper: Any,
     ) -> None:
         check(rule in RULES, "rule", rule, f"must be one of {', '.join(RULES)}")
-        known = isinstance(anchors, Mapping) or anchors == "initial"
-        check(known, "anchors", anchors, 'must be "initial" or a mapping')
+        self.anchors = Anchors(anchors)
         check(max_grad_norm is None or max_grad_norm > 0, "max_grad_norm", max_grad_norm, "must be > 0 or None")
         check(ema_decay is None or 0 <= ema_decay < 1, "ema_decay", ema_decay, "must be in [0, 1) or None")
-        known = master_weights in (False, True, "24bit", "32bit")
-        check(known, "master_weights", master_weights, 'must be False, True, "24bit" or "32bit"')
+        state_formats.check_master_weights(master_weights)
         check(not differentiable, "differentiable", differentiable, "must be False")
         self.rule = RULES[rule]
         unknown = hyper.keys() - self.rule.defaults.keys()
         if unknown:
             allowed = ", ".join(self.rule.defaults)
             raise TypeError(f"unexpected argument {min(unknown)!r}; those of the rule {rule!r} are {allowed}")
-        self.anchors = anchors
         self.max_grad_norm, self.master_weights, self.ema_decay = max_grad_norm, master_weights, ema_decay
         self.stochastic_rounding, self.seed, self.others = stochastic_rounding, seed, OtherParts(norm_group)
         self._check_trainable(trainable)
         self.trainable = trainable
         self.balance = Balance(balance_by)
-        self._shows_ema = False
-        self.ledger = self._new_ledger()
+        self.average, self.ledger = Average(), self._new_ledger()
         defaults = {
             "lr": lr,
             **self.rule.defaults,
@@ -209,7 +161,7 @@ class FusedOptimizer(Optimizer):
         }
         self._check_group(defaults)
         super().__init__(params, defaults)
-        self._check_anchors()
+        self.anchors.check(self.param_groups)
         self.balance.check(self.param_groups, self.trainable)
 
     def _new_ledger(self) -> Ledger:
@@ -235,55 +187,10 @@ class FusedOptimizer(Optimizer):
             flatten([p for p in group["params"] if p.requires_grad and not is_sharded(p)])
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            check(lr.numel() == 1, "learning rate", lr, "a tensor must have one element")
-        else:
-            check(is_finite(lr) and lr >= 0, "learning rate", lr, "must be a finite number >= 0")
-        self.rule.check(group)
-        state_format, allowed = group["state_format"], (None, "fp32", "bf16", "8bit")
-        check(state_format in allowed, "state_format", state_format, f"must be one of {allowed}")
-        unmasked = self.trainable is None or state_format != "8bit"
-        check(unmasked, "state_format", state_format, "must be another one with trainable, whose state is small")
-        for name in ("weight_decay", "l2_sp", "balance"):
-            value = group[name]
-            check(is_finite(value) and value >= 0, name, value, "must be a finite number >= 0")
+        check_options(group, self.rule, self.trainable)
 
     def _check_parameters(self, group: dict[str, Any]) -> None:
-        first: dict[int, int] = {}
-        for i, p in enumerate(group["params"]):
-            label = f"parameter {group['param_names'][i]!r}" if "param_names" in group else f"parameter number {i}"
-            check(not is_lazy(p), label, "uninitialized", "run the model once before")
-            check(first.setdefault(id(p), i) == i, label, "twice", "must be in the groups once")
-            if not p.requires_grad:
-                continue
-            # A quantised weight, say, whose numbers are not in its own memory.
-            plain = is_sharded(p) or type(p.data) is Tensor
-            check(plain, label, type(p.data).__name__, "must be a plain tensor")
-            fits = p.is_floating_point() and p.element_size() >= 2 and p.layout == torch.strided and not p.is_meta
-            check(fits, label, f"{p.dtype}, {p.layout}, {p.device}", "must be dense fp16, bf16, fp32 or fp64")
-            fits = p.dtype != torch.float64 or group["state_format"] is None
-            check(fits, "state_format", group["state_format"], f"must be None: {label} is fp64")
-            fits = p.dtype != torch.float16 or self.master_weights != "24bit"
-            check(fits, "master_weights", self.master_weights, f'must be "32bit": {label} is fp16')
-            if is_sharded(p):
-                check_placements(label, p)
-                if self._format(group, i) == "8bit":
-                    check_shards_of_codes(label, p)
-
-    def _check_anchors(self) -> None:
-        """Refuse anchors that fit no parameter's name, or were meant for one that would otherwise decay to zero."""
-        groups = [group for group in self.param_groups if group["l2_sp"] > 0]
-        if isinstance(self.anchors, str) or not self.anchors or not groups:
-            return
-        names = {name for group in self.param_groups for name in group.get("param_names", ())}
-        known = not names.isdisjoint(self.anchors)
-        check(known, "anchors", sorted(self.anchors)[:3], f"parameters are named {sorted(names)[:3]}")
-        pulled = [pair for group in groups for pair in zip(group.get("param_names", ()), group["params"], strict=True)]
-        novel = {name: p for name, p in pulled if p.requires_grad and name not in self.anchors}
-        unused = {name: anchor for name, anchor in self.anchors.items() if name not in names}
-        if (pair := misnamed(unused, novel)) is not None:
-            raise ArgumentError("anchors", pair[0], f"the parameter is named {pair[1]!r}")
+        check_parameters(group, self.master_weights)
 
     def _check_trainable(self, trainable: FishMask | None) -> None:
         fits = trainable is None or isinstance(trainable, FishMask)
@@ -302,7 +209,7 @@ class FusedOptimizer(Optimizer):
         Raises:
             ArgumentError: the mask does not fit; nothing has then been changed.
         """
-        self._refuse_inside_ema("set_trainable()")
+        self.average.refuse("set_trainable()")
         self._check_trainable(trainable)
         before, self.trainable = self.trainable, trainable
         try:
@@ -318,58 +225,17 @@ class FusedOptimizer(Optimizer):
         self.ledger.forget()
 
     def _trained(self, group: Mapping[str, Any], i: int) -> Tensor | None:
-        """The trained weights of a parameter, as positions in row-major order; None for all."""
-        if self.trainable is None:
-            return None
-        check("param_names" in group, "trainable", "a FishMask", "needs parameter names: pass model.named_parameters()")
-        name, p = name_of(group, i), group["params"][i]
-        check(not is_sharded(p), "trainable", "a FishMask", f"must be None: parameter {name!r} is sharded")
-        shape = None if name is None else self.trainable.shapes.get(name)
-        if name is None or shape != p.shape:
-            value = f"a FishMask with {name!r} of shape {shape}"
-            raise ArgumentError("trainable", value, f"must be {tuple(p.shape)}")
-        is_dense = p.stride() == torch.empty_like(p, device="meta").stride()
-        check(is_dense, f"parameter {name!r}", f"strides {p.stride()}", "must be dense in memory with trainable")
-        return self.trainable.indices(name).to(p.device)
-
-    def _anchor(self, group: Mapping[str, Any], i: int) -> Tensor | None:
-        """The anchor given for a parameter."""
-        if isinstance(self.anchors, str):
-            return None
-        check("param_names" in group, "anchors", "a mapping", "needs parameter names: pass model.named_parameters()")
-        name, shape = name_of(group, i), tuple(group["params"][i].shape)
-        anchor = None if name is None else self.anchors.get(name)
-        if anchor is not None:
-            check(anchor.shape == shape, f"anchors[{name!r}]", tuple(anchor.shape), f"must have shape {shape}")
-        return anchor
+        return trained_positions(self.trainable, group, i)
 
     def _structure(self, group: Mapping[str, Any], i: int | None) -> Hashable:
-        state_format = group["state_format"] if i is None else self._format(group, i)
-        return self.rule.lanes(group), self._is_anchored(group, i), state_format
-
-    def _is_anchored(self, group: Mapping[str, Any], i: int | None) -> bool:
-        if i is None or isinstance(self.anchors, str):
-            return group["l2_sp"] > 0
-        return group["l2_sp"] > 0 and self._anchor(group, i) is not None
+        state_format = group["state_format"] if i is None else state_formats.format_of(group, i)
+        return self.rule.lanes(group), self.anchors.has(group, i), state_format
 
     def _prepare(self, lanes: Lanes, entries: list[Mapping[str, Any]]) -> None:
         """Make the lanes that new lanes need for the existing state."""
-        if self._is_anchored(lanes.groups[0], lanes.members[0].position):
-            self._prepare_anchors(lanes)
+        self.anchors.prepare(lanes, self.state)
         if any(name in entry for entry in entries for name in (*spec.STATE[self.rule.name], "step")):
             self._allocate(lanes, fill=False)
-
-    def _prepare_anchors(self, lanes: Lanes) -> None:
-        lanes.lane("anchor", lanes.dtype)
-        for i, member in enumerate(lanes.members):
-            if lanes.has_anchor(i):
-                continue
-            if (anchor := self._anchor(member.group, member.position)) is not None:
-                lanes.set(i, "anchor", lanes.like_lane(i, anchor.to(lanes.device)), like_parameter=False)
-                continue
-            entry = self.state.get(member.p)
-            if entry and "anchor" not in entry and float(entry.get("step", 0)) > 0:
-                raise ArgumentError("l2_sp", member.group["l2_sp"], "was 0 at the first step, so no anchors were kept")
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -417,25 +283,11 @@ class FusedOptimizer(Optimizer):
             lanes.perturbed = None
 
     def _prepared(self, lanes: Lanes, grads: Gradients, only: int | None = None) -> Half:
-        """The launches of an update, of one parameter or of all; parameters that take no part are then restored."""
+        """The launches of an update, of one parameter or of all; see `descent.prepared`."""
         self._allocate(lanes)
-        clean = steps = None
         # Those that are updated for the first time have the state of the beginning.
-        lanes.begin([grad is not None for grad in grads], self.state)
-        if lanes.perturbed is not None and only is None:
-            lanes.restore([i for i in lanes.perturbed.which() if grads[i] is None])
-        weights = lanes.weights()
-        if lanes.perturbed is not None and lanes.counts_steps:
-            steps = lanes.lanes["backup"]
-        elif lanes.perturbed is not None:
-            backup, moved = lanes.views("backup"), lanes.perturbed.active
-            clean = backup
-            if not all(moved):
-                clean = [backup[i] if moved[i] else weight for i, weight in enumerate(weights)]
-        other = self._second_gradients(lanes, grads)
-        half = "descent" if only is None else f"descent of {only}"
-        segments = lanes.segments(grads, weight=weights, clean=clean, other=other, half=half, only=only)
-        return Half(lanes, segments, steps)
+        lanes.entries.begin([grad is not None for grad in grads], self.state)
+        return prepared(lanes, grads, self._second_gradients(lanes, grads), only)
 
     def release_gradients(self) -> GradientRelease:
         """Update each parameter in the backward pass, as soon as its gradient is there, and free the gradient.
@@ -462,7 +314,7 @@ class FusedOptimizer(Optimizer):
             p: the parameter.
             follow: whether groups and state may have been edited since the last update.
         """
-        self._refuse_inside_ema("a step")
+        self.average.refuse("a step")
         if follow:
             self.ledger.refresh(self.param_groups, self.state)
             self.ledger.settle()
@@ -482,7 +334,7 @@ class FusedOptimizer(Optimizer):
 
     def _collect(self) -> Found:
         """All lanes in which a parameter has a gradient, with the gradients."""
-        self._refuse_inside_ema("a step")
+        self.average.refuse("a step")
         return self.ledger.collect(self.param_groups, self.state)
 
     def _sum(self, work: list[Half], measure: Callable[[Segments], Tensor]) -> Tensor:
@@ -503,77 +355,27 @@ class FusedOptimizer(Optimizer):
         return Direction(measured=self.others.sum(sum_over_shards(norms, self.ledger.home)))
 
     def _allocate(self, lanes: Lanes, fill: bool = True) -> None:
-        group = lanes.groups[0]
-        if self._is_coded(lanes):
-            for name in self.rule.lanes(group):
-                lanes.lane(name, torch.int8 if spec.CODED[name] else torch.uint8)
-                lanes.lane(f"{name}_scale", torch.bfloat16)
-        else:
-            for name in self.rule.lanes(group):
-                lanes.lane(name, self._state_dtype(group["state_format"], lanes.dtype))
-        if self.master_weights and lanes.dtype in _REMAINDER:
-            lanes.lane("remainder", torch.int8 if self.master_weights == "24bit" else _REMAINDER[lanes.dtype])
+        state_formats.allocate(lanes, self.rule.lanes(lanes.groups[0]), self.master_weights)
         if self.ema_decay is not None:
-            is_new = "ema" not in lanes.lanes
-            lanes.lane("ema", compute_dtype(lanes.dtype))
-            if is_new and fill:
-                for i in range(len(lanes)):
-                    lanes.views("ema")[i].copy_(lanes.exact(i))
-
-    def _state_dtype(self, state_format: str | None, dtype: torch.dtype) -> torch.dtype:
-        """The type of the state of weights of a type, unless it is kept in codes."""
-        if state_format == "bf16":
-            return torch.bfloat16
-        # fp16 cannot hold squares of gradients: its moments are fp32.
-        narrow = dtype == torch.bfloat16 and not self.master_weights and state_format != "fp32"
-        return torch.bfloat16 if narrow else compute_dtype(dtype)
-
-    @staticmethod
-    def _format(group: Mapping[str, Any], i: int) -> str | None:
-        """The state format of a group's parameter."""
-        wanted = group["state_format"]
-        return None if wanted == "8bit" and not can_be_coded(group["params"][i].shape) else wanted
-
-    def _is_coded(self, lanes: Lanes) -> bool:
-        return self._format(lanes.groups[0], lanes.members[0].position) == "8bit"
+            average.allocate(lanes, fill)
 
     def _second_gradients(self, lanes: Lanes, grads: Gradients) -> Gradients | None:
         """The second gradients of `Direction`, if the coming update has them."""
         return None
 
     def _descend(self, half: Half, direction: Direction) -> None:
-        lanes, active = half.lanes, half.active
-        orthogonal = lanes.lane("orthogonal", lanes.dtype) if direction.combined == "kept" else None
-        coef, key = self._coefficients(lanes, active, direction)
-        lane = lanes.lanes.get
-        names = self.rule.lanes(lanes.groups[0])
-        state = [lanes.lanes[name] for name in names]
-        scales = [lanes.lanes[f"{name}_scale"] for name in names if lanes.is_coded(name)]
-        ops.descend_(
-            half.segments,
-            state,
-            lane("remainder"),
-            lane("anchor"),
-            lane("ema"),
-            orthogonal,
-            coef,
-            key,
-            self.rule.name,
-            self.stochastic_rounding,
-            scales,
-            half.steps,
-        )
-        lanes.written(active)
+        coef, key = self._coefficients(half.lanes, half.active, direction)
+        descend(half, self.rule, coef, key, self.stochastic_rounding, keep=direction.combined == "kept")
 
     def _coefficients(self, lanes: Lanes, active: list[bool], direction: Direction) -> tuple[Tensor, Tensor]:
         """Coefficients and keys of an update, a row per parameter; the step is counted, unless the device skips it."""
         decay = "l2_sp" if "anchor" in lanes.lanes else "weight_decay"
         max_norm = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        average = 0.0 if self.ema_decay is None else 1 - self.ema_decay
+        rate = 0.0 if self.ema_decay is None else 1 - self.ema_decay
         rows = [
             (
                 *(group["lr"], group[decay], -1.0 if group["maximize"] else 1.0),
-                *(direction.alpha, max_norm, average, self.balance.signed(group), *self.rule.hyper(group)),
+                *(direction.alpha, max_norm, rate, self.balance.signed(group), *self.rule.hyper(group)),
             )
             for group in lanes.groups
         ]
@@ -663,25 +465,13 @@ class FusedOptimizer(Optimizer):
         """
         if self.ema_decay is None:
             raise RuntimeError("ema_weights() needs an optimizer with ema_decay")
-        self._refuse_inside_ema("ema_weights()")
+        self.average.refuse("ema_weights()")
         if self.perturbed:
             raise RuntimeError("ema_weights() of perturbed weights: call step() or restore() first")
         with torch.no_grad():
             self.ledger.refresh(self.param_groups, self.state)
-            before = [(lanes, lanes.exchange("ema")) for lanes in self.ledger if "ema" in lanes.lanes]
-        self._shows_ema = True
-        try:
+        with self.average.shown(self.ledger):
             yield
-        finally:
-            self._shows_ema = False
-            with torch.no_grad():
-                # Where parameters share memory, a later one's copy has the average of an earlier one.
-                for lanes, weights in reversed(before):
-                    lanes.put_back(*weights)
-
-    def _refuse_inside_ema(self, action: str) -> None:
-        if self._shows_ema:
-            raise RuntimeError(f"{action} inside ema_weights(): the parameters hold the average, leave the block first")
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -705,26 +495,20 @@ class FusedOptimizer(Optimizer):
                 changed.
             RuntimeError: inside `ema_weights`.
         """
-        self._refuse_inside_ema("load_state_dict()")
+        self.average.refuse("load_state_dict()")
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict.copy()) or state_dict
         groups = checked_groups(state_dict, self.param_groups)
         for group in groups:
             self._check_group(group)
         self.ledger.refresh(self.param_groups, self.state)
-        state = checked_state(state_dict, self.param_groups, self.ledger, self.rule, self._is_coded)
-        unused = self._unused()
-        state = {p: {n: value for n, value in entry.items() if n not in unused} for p, entry in state.items()}
+        state = checked_state(state_dict, self.param_groups, self.ledger, self.rule, self._unused())
         self.restore()
         for own, new in zip(self.param_groups, groups, strict=True):
             own.update(new)
         self.state.clear()
         self.state.update(state)
-        for group in self.param_groups:
-            for i, p in enumerate(group["params"]):
-                if (entry := self.state.get(p)) and self._is_anchored(group, i):
-                    # Where the state has no anchors, those that there are stay, or are the present weights.
-                    entry.setdefault("anchor", None)
+        self.anchors.keep(self.param_groups, self.state)
         self.ledger.renew()
         self.ledger.refresh(self.param_groups, self.state)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -741,17 +525,10 @@ class FusedOptimizer(Optimizer):
 
         When loaded again, the codes are the same only to within their rounding; `state_dict` resumes to the bit.
         """
-        out = self.state_dict()
-        numbers = [number for group in out["param_groups"] for number in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for number, p in zip(numbers, params, strict=True):
-            if (place := self.ledger.place(p)) is not None and number in out["state"]:
-                lanes, i = place
-                out["state"][number] = lanes.float_entry(i, out["state"][number])
-        return out
+        return with_floats(self.state_dict(), self.param_groups, self.ledger)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_inside_ema("copying or pickling the optimizer")
+        self.average.refuse("copying or pickling the optimizer")
         if self.perturbed:
             raise RuntimeError(
                 "the weights are perturbed: call restore() or step() before copying or pickling the optimizer"
@@ -763,20 +540,17 @@ class FusedOptimizer(Optimizer):
     _ARGUMENTS = frozenset(
         (
             *("rule", "anchors", "max_grad_norm", "master_weights", "ema_decay", "balance"),
-            *("stochastic_rounding", "seed", "others", "trainable", "_shows_ema"),
+            *("stochastic_rounding", "seed", "others", "trainable"),
         )
     )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # Lanes of its own, which are made of the copied state.
-        self.ledger = self._new_ledger()
+        self.average, self.ledger = Average(), self._new_ledger()
 
     def __del__(self) -> None:
         # Nobody could restore the weights any more.
         with contextlib.suppress(Exception):
             if self.ledger.perturbed:
                 self.restore()
-
-
-_REMAINDER = {torch.bfloat16: torch.int16, torch.float16: torch.int32}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..buffers.lanes import Lanes, State
+from ..buffers.entries import State
+from ..buffers.lanes import Lanes
 from ..buffers.ledger import Ledger
 from ..buffers.sharded import OtherParts
 from ..errors import check

@@ -14,8 +14,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ..batches.samples import first_samples, select_samples
-from ..buffers.lanes import State, name_of
+from ..buffers.entries import State
 from ..buffers.ledger import Found, Ledger
+from ..buffers.members import name_of
 from ..errors import check, warn
 from ..masks.perturbed import FisherMask
 from . import rho

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from fsam_triton import FSAM, AdamWL2SP, FisherMask, MomentumSAM
-from fsam_triton.buffers.lanes import Lanes, Member
+from fsam_triton.buffers.lanes import Lanes
+from fsam_triton.buffers.members import Member
 from fsam_triton.buffers.sharing import sharing
 from fsam_triton.kernels import spec
 from tests.kernels.cases import FLOATS, ordinary

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from fsam_triton.buffers.lanes import Lanes, Member, Numbers
+from fsam_triton.buffers.lanes import Lanes
+from fsam_triton.buffers.members import Member
+from fsam_triton.buffers.numbers import Numbers
 from fsam_triton.kernels import formulas, spec
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fsam_triton import FisherMask
-from fsam_triton.buffers.lanes import Lanes, Member
+from fsam_triton.buffers.lanes import Lanes
+from fsam_triton.buffers.members import Member
 from fsam_triton.masks import selection
 
 pytestmark = pytest.mark.usefixtures("one_thread")
