@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import ArgumentError, check
+from ..kernels.segments import Plan
 from .lanes import Gradients, Lanes, Member, Moved
 
 
@@ -43,9 +44,9 @@ class SparseLanes(Lanes):
 
     def _lay_out(self) -> None:
         super()._lay_out()
-        self.shapes = [torch.Size([length]) for length in self._lengths]
-        self.strides = [(1,)] * len(self._lengths)
-        self.plan = type(self.plan)(self._lengths, self.device)
+        self.shapes: list[torch.Size] = [torch.Size([length]) for length in self._lengths]
+        self.strides: list[tuple[int, ...]] = [(1,)] * len(self._lengths)
+        self.plan: Plan = type(self.plan)(self._lengths, self.device)
 
     # -- the user's memory ---------------------------------------------------------------------------------------------
 
