@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,13 @@ def load_bench() -> None:
 
 
 load_bench()
+
+
+def pytest_configure() -> None:
+    """Processes of pytest-xdist share the cores: threads of one would wait, spinning, for those of another."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="module", autouse=True)

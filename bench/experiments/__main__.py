@@ -76,7 +76,7 @@ def experiment(
     path: Path, groups: list[dict[Block, Run]], seeds: Sequence[int], methods: Collection[str] = tuple(METHODS)
 ) -> None:
     """Make all runs of these methods that the file lacks, of one group after the other."""
-    run_of = {block: run for group in groups for block, run in group.items()}
+    run_of = {one: run for group in groups for block, run in group.items() for one in (block, block.chosen_in)}
 
     def run(setting: Setting) -> Record:
         result = run_of[Block.of(asdict(setting))](setting)

@@ -85,7 +85,7 @@ class Task:
         return [one | {"labels": label} for one, label in zip(train, labels, strict=True)]
 
     def run(self, setting: Setting) -> Record:
-        """Train and judge, on test texts with rounded weights, too; adapters are merged first."""
+        """Train and judge; with right labels and on test texts with rounded weights, too. Adapters are merged first."""
         transformers.set_seed(setting.seed)
         model, novel = load_model(self.path, self.names)
         if setting.experiment == LORA:
@@ -106,7 +106,7 @@ class Task:
             model = model.merge_and_unload()
         accuracy, value = self.judge(model, setting.judged_on)
         result: Record = {"accuracy": accuracy, "loss": value}
-        for bits in BITS if setting.judged_on == "test" else ():
+        for bits in BITS if setting.judged_on == "test" and not setting.noise else ():
             with rounded_weights(model, bits):
                 result[f"accuracy_{bits}"], result[f"loss_{bits}"] = self.judge(model, setting.judged_on)
         return result | vars(cost) | {"torch": torch.__version__}

@@ -73,8 +73,8 @@ def title(block: Block) -> str:
 
 
 def blocks_of(records: Sequence[Record]) -> list[Block]:
-    """The blocks that have runs, judged or tuning ones, in the order of their first runs."""
-    return list(dict.fromkeys(Block.of(one) for one in records))
+    """The blocks that have judged runs, in the order of their first ones."""
+    return list(dict.fromkeys(Block.of(one) for one in records if one["judged_on"] == "test"))
 
 
 def report(records: Sequence[Record]) -> str:

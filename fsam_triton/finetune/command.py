@@ -22,17 +22,7 @@ from ..sparse_training.delta import ADAPTER_CONFIG, ADAPTER_DELTA
 from . import html, language_models, probe
 from .checks import check_arguments, check_mask, check_mixup
 from .errors import InputError, one_line, writing
-from .models import (
-    Feature,
-    draw_batches,
-    encode,
-    load_empty_model,
-    load_model,
-    load_tokenizer,
-    model_path,
-    save,
-    text_length,
-)
+from .models import Feature, draw_batches, encode, load_empty_model, load_tokenizer, model_path, save, text_length
 from .optional import transformers
 from .options import Arguments
 from .parser import parse
@@ -47,7 +37,7 @@ if TYPE_CHECKING:
     from . import sft
 
 # Packaged articles of each subject.
-ARTICLES = {"train_per_label": 60, "validation_per_label": 60}
+ARTICLES = {"train_per_label": 40, "validation_per_label": 60}
 
 
 def read_data(arguments: Arguments) -> tuple[Texts, Texts]:
@@ -119,10 +109,6 @@ class Task:
     def draw_batches(self, count: int, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
         """Yield batches of training texts drawn at random."""
         return draw_batches(self.tokenizer, self.train, count, size, seed)
-
-    def initial_model(self) -> nn.Module:
-        """Return the model that the runs start from."""
-        return load_model(self.path, self.names)[0]
 
     def saved_model(self, arguments: Arguments, folder: Path) -> nn.Module:
         """Return the model that a run has saved."""
@@ -225,7 +211,7 @@ def finetune(arguments: Arguments, argv: Sequence[str] = ()) -> list[Run]:
 def report(arguments: Arguments, argv: Sequence[str], task: AnyTask, output: Output, mask: FishMask | None) -> None:
     """Measure how sharp the saved models are, and write the HTML page."""
     sharpness = probe.measure_sharpness(arguments, task)
-    for run, found in zip(output.runs, sharpness[1:], strict=True):
+    for run, found in zip(output.runs, sharpness, strict=True):
         run.m_sharpness = found.m_sharpness if math.isfinite(found.m_sharpness) else None
     with writing(arguments.report_folder):
         output.page = html.write_report(arguments, argv, task, output.runs, mask, sharpness)

@@ -107,10 +107,6 @@ class Task:
         check_causal(model, self.path)
         return model, set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
 
-    def initial_model(self) -> Any:
-        """Return the model that the runs start from, in fp32."""
-        return self.load_model()[0]
-
     def saved_model(self, arguments: Arguments, folder: Path) -> Any:
         """Return the model that a run has saved, in fp32; an adapter is merged into it."""
         if not arguments.lora:
@@ -118,7 +114,7 @@ class Task:
         import peft
 
         with quiet():
-            model = peft.PeftModel.from_pretrained(self.initial_model(), folder)
+            model = peft.PeftModel.from_pretrained(self.load_model()[0], folder)
         return model.merge_and_unload().requires_grad_(True)
 
     def draw_batches(self, count: int, size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:

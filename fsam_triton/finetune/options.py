@@ -132,7 +132,7 @@ TASK_OF = {
 DEFAULTS: dict[str, dict[str, float]] = {
     "lora": {"learning_rate": 2e-4, "lora_r": 16, "lora_alpha": 32.0, "lora_dropout": 0.05},
     "from scratch": {"learning_rate": 2e-3},
-    "packaged texts": {"max_seq_length": 32, "num_train_epochs": 6.0, "label_noise": 0.2},
+    "packaged texts": {"max_seq_length": 32, "num_train_epochs": 5.0, "label_noise": 0.2},
     "sequence-classification": {
         "label_noise": 0.0,
         "max_seq_length": 96,

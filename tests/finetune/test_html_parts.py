@@ -154,8 +154,8 @@ def sample(tiny_bert):
 def test_diverged_model_has_no_figures_but_reasons(tiny_bert, tmp_path):
     model, batches = sample(tiny_bert)
     torch.nn.init.constant_(model.classifier.weight, math.nan)
-    found = probe.measure("AdamW", model, batches, has_landscape=True)
-    assert len(found.problems) == 4
+    found = probe.measure("AdamW", model, batches)
+    assert len(found.problems) == 5
     page = Page(written(tmp_path, [found]).read_text(encoding="utf-8"))
     assert page.rows[-1] == ["AdamW", *["not measured"] * 4]
     assert "Not measured: AdamW, m sharpness: the loss of batch 0 is nan" in page.text
@@ -166,7 +166,7 @@ def test_eigenvalue_is_left_out_where_memory_is_short(tiny_bert, monkeypatch):
     model, batches = sample(tiny_bert)
     few = dataclasses.make_dataclass("Memory", ["available"])(2**20)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: few)
-    found = probe.measure("AdamW", model, batches, has_landscape=False)
+    found = probe.measure("AdamW", model, batches)
     assert math.isnan(found.eigenvalue)
     assert found.worst_case >= 0
     assert found.problems == ["AdamW, eigenvalue: needs 0.0 GiB of memory; 0.0 GiB are free"]
