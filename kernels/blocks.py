@@ -13,7 +13,7 @@ LANES = BLOCK // 4
 _has_amd = torch.version.hip is not None and torch.cuda.is_available()
 # A warp has 32 threads, but 64 on AMD's data centre GPUs.
 _WARP = torch.cuda.get_device_properties().warp_size if _has_amd else 32
-WARPS = LANES // _WARP
+WARPS: int = LANES // _WARP
 
 
 def shape(*tensors: torch.Tensor | None) -> dict[str, int]:

@@ -33,17 +33,19 @@ class Plan:
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self.lengths = list(lengths)
+        self.lengths: list[int] = list(lengths)
         self.device = device
         length = np.asarray(self.lengths, np.int64)
         padded = -(-length // spec.ALIGN) * spec.ALIGN
         self._blocks_of, self._chunks_of = -(-length // spec.BLOCK), -(-length // spec.CHUNK)
-        self.template = np.zeros((len(length), len(spec.TABLE)), np.int64)
+        self.template: np.ndarray = np.zeros((len(length), len(spec.TABLE)), np.int64)
         for name, counts in (("offset", padded), ("block", self._blocks_of), ("chunk", self._chunks_of)):
             self.template[:, _COLUMN[name]] = counts.cumsum() - counts
         self.template[:, _COLUMN["length"]] = length
         self.offsets: list[int] = self.template[:, _COLUMN["offset"]].tolist()
-        self.size, self.blocks, self.chunks = (int(c.sum()) for c in (padded, self._blocks_of, self._chunks_of))
+        self.size: int = int(padded.sum())
+        self.blocks: int = int(self._blocks_of.sum())
+        self.chunks: int = int(self._chunks_of.sum())
         self._maps: dict[str, Tensor] = {}
         self._ends: Tensor | None = None
         self._alone: dict[int, Plan] = {}
@@ -109,7 +111,8 @@ class Segments:
     ) -> None:
         self.plan = plan
         self._known = known or {}
-        self.weight, self.clean = weight, weight if clean is None else clean
+        self.weight = weight
+        self.clean: Sequence[Tensor | None] = weight if clean is None else clean
         self.tensors: dict[Column, Sequence[Tensor | None] | None] = {
             "weight": weight,
             "grad": grad,
@@ -117,8 +120,8 @@ class Segments:
             "other": other,
         }
         self._uploaded = Uploaded() if uploaded is None else uploaded
-        self.all_active = not any(map(is_, (*weight, *grad), repeat(None)))
-        self.active = [True] * len(grad)
+        self.all_active: bool = not any(map(is_, (*weight, *grad), repeat(None)))
+        self.active: list[bool] = [True] * len(grad)
         if not self.all_active:
             self.active = [w is not None and g is not None for w, g in zip(weight, grad, strict=True)]
         self._first = next((i for i, active in enumerate(self.active) if active), None)

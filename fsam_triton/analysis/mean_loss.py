@@ -46,11 +46,11 @@ class MeanLoss(nn.Module):
         self.weights: Vector = [_wide(shown.get(name, p).detach()) for name, p in params.items()]
         self._names = [f"model.{name}" for name in params]
         self._frozen = {name: _wide(p.detach()) for name, p in self.named_parameters() if not p.requires_grad}
-        self.batches = list(batches)
+        self.batches: list[Any] = list(batches)
         check(len(self.batches) > 0, "batches", batches, "it gives no batches; an iterator can be used only once")
         sizes = [_size(batch) for batch in self.batches]
         total = sum(sizes)
-        self.shares = [size / total if all(sizes) else 1 / len(sizes) for size in sizes]
+        self.shares: list[float] = [size / total if all(sizes) else 1 / len(sizes) for size in sizes]
 
     def forward(self, batch: Any) -> Tensor:
         return self._loss(self.model, batch)

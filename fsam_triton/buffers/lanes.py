@@ -62,37 +62,39 @@ class Lanes:
     shard_index: int = 0
 
     def __init__(self, members: Sequence[Member]) -> None:
-        self.members = list(members)
-        self.params = [member.p for member in self.members]
+        self.members: list[Member] = list(members)
+        self.params: list[Parameter] = [member.p for member in self.members]
         self._lay_out()
         self.lanes: dict[str, Tensor] = {}
-        self.steps = torch.zeros(len(self.params), dtype=torch.float32, device=self.device)
+        self.steps: Tensor = torch.zeros(len(self.params), dtype=torch.float32, device=self.device)
         self.perturbed: Perturbed | None = None
         self._uploaded: dict[str, Uploaded] = {}
         # Weights that are not dense in memory are worked on in a copy.
         self._staged: dict[int, Tensor] = {}
         self.where: tuple[list[int], list[tuple[int, ...]]] = [], []
-        self.moves = 0
+        self.moves: int = 0
         self._memory_alike: Callable[..., bool] | None = None
         # Addresses of lists of tensors that are passed on as they are, by the lists' ids.
         self._known: dict[int, np.ndarray] = {}
         self._flags: tuple[list[bool], Tensor] | None = None
         self._grads_alike: Callable[..., bool] | None = None
         self._views: dict[str, list[Tensor]] = {}
-        self.groups = list({id(member.group): member.group for member in self.members}.values())
+        self.groups: list[dict[str, Any]] = list({id(member.group): member.group for member in self.members}.values())
         self._numbers: dict[str, Numbers] = {}
         self._about_members: Tensor | None = None
         # Whose part of "anchor" has been set.
         self._anchored = [False] * len(self.params)
-        self.entries = Entries(self)
+        self.entries: Entries = Entries(self)
 
     def _lay_out(self) -> None:
         memory = self.memory()
-        self.device, self.dtype = memory[0].device, memory[0].dtype
-        self.full_shapes = [tensor.shape for tensor in memory]
-        self.full_strides = [dense_strides(tensor) for tensor in memory]
-        self.plan = self._layout()
-        self.shapes, self.strides = self.plan.shapes, self.plan.strides
+        self.device: torch.device = memory[0].device
+        self.dtype: torch.dtype = memory[0].dtype
+        self.full_shapes: list[torch.Size] = [tensor.shape for tensor in memory]
+        self.full_strides: list[tuple[int, ...]] = [dense_strides(tensor) for tensor in memory]
+        self.plan: Layout = self._layout()
+        self.shapes: list[torch.Size] = self.plan.shapes
+        self.strides: list[tuple[int, ...]] = self.plan.strides
 
     def _layout(self) -> Layout:
         return Layout(self.full_shapes, self.full_strides, self.device)

@@ -27,7 +27,8 @@ class Layout(Plan):
 
     def __init__(self, shapes: Sequence[torch.Size], strides: Sequence[tuple[int, ...]], device: torch.device) -> None:
         super().__init__([shape.numel() for shape in shapes], device)
-        self.shapes, self.strides = list(shapes), list(strides)
+        self.shapes: list[torch.Size] = list(shapes)
+        self.strides: list[tuple[int, ...]] = list(strides)
 
     def size_of(self, name: str) -> int:
         """The elements of a lane of this name."""

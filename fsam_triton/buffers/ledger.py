@@ -63,7 +63,7 @@ class Ledger:
         # The keys and values of `state` when it was last followed.
         self._followed: tuple[list[Tensor], list[dict[str, Any]]] = [], []
         # How often the lanes were made.
-        self.generation = getattr(self, "generation", 0) + 1
+        self.generation: int = getattr(self, "generation", 0) + 1
 
     def renew(self) -> None:
         """Have all lanes made again of another state; anchors stay."""

@@ -25,7 +25,8 @@ class Perturbed:
     """
 
     def __init__(self, lanes: Lanes, active: Sequence[bool]) -> None:
-        self.lanes, self.active = lanes, list(active)
+        self.lanes = lanes
+        self.active: list[bool] = list(active)
         self.seal()
 
     def seal(self) -> None:

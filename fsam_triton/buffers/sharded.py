@@ -77,15 +77,15 @@ class ShardedLanes(Lanes):
 
     def __init__(self, members: Sequence[Member]) -> None:
         # The parameters, by the type that they have here.
-        self.placed = cast("list[DTensor]", [member.p for member in members])
+        self.placed: list[DTensor] = cast("list[DTensor]", [member.p for member in members])
         for member, p in zip(members, self.placed, strict=True):
             check_placements(f"parameter {member}", p)
         super().__init__(members)
         first = self.placed[0]
         mesh, dims = first.device_mesh, shard_dims(first)
-        self.shard_groups = shard_groups(first)
-        self.shards = math.prod(mesh.size(dim) for dim in dims)
-        self.shard_index = 0
+        self.shard_groups: tuple[ProcessGroup, ...] = shard_groups(first)
+        self.shards: int = math.prod(mesh.size(dim) for dim in dims)
+        self.shard_index: int = 0
         for dim in dims:
             self.shard_index = self.shard_index * mesh.size(dim) + mesh.get_local_rank(dim)
         owners = owners_of(self.params)

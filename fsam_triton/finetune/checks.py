@@ -1,9 +1,11 @@
 """Refuses options that cannot be used, or that contradict each other, before any training."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 
-import torch
+from torch import nn
 
 from .. import FisherMask, FishMask
 from .errors import InputError
@@ -19,10 +21,11 @@ from .options import (
     TASK_OF,
     TRAINABLE,
     WARMUP_STABLE_DECAY,
+    Arguments,
 )
 
 
-def check_arguments(arguments):
+def check_arguments(arguments: Arguments) -> None:
     """Raise InputError for a value that would only fail, or mislead, once training is under way."""
     _check_task(arguments)
     for name in (
@@ -67,12 +70,12 @@ def check_arguments(arguments):
     # of it: `check_mask` looks whether it would take anything of the real one.
     whole = dataclasses.replace(arguments, keep_ratio=1.0, rho=0.0 if arguments.rho == AUTO else arguments.rho)
     for sam_type in arguments.sam_type:
-        model = torch.nn.Linear(8, 8)
+        model = nn.Linear(8, 8)
         trainable = None if arguments.trains_all else FishMask.magnitude(model, keep_ratio=1.0)
         build_optimizer(whole, sam_type, model, novel=(), total_steps=100, trainable=trainable)
 
 
-def _check_task(arguments):
+def _check_task(arguments: Arguments) -> None:
     """Raise InputError for an option of another task, or of LoRA where there is none."""
     tracked = {meaning.option for meaning in MEANINGS}
     for field in dataclasses.fields(arguments):
@@ -82,11 +85,11 @@ def _check_task(arguments):
             raise InputError(f"--{name} has no meaning for --task {arguments.task}, only for {TASK_OF[name]}")
         if given and name.startswith("lora_") and not arguments.lora:
             raise InputError(f"--{name} needs --lora")
-    if arguments.lora and not 0 <= arguments.lora_dropout < 1:
+    if arguments.lora_dropout is not None and not 0 <= arguments.lora_dropout < 1:
         raise InputError(f"Invalid --lora_dropout: {arguments.lora_dropout}; must be in [0, 1)")
 
 
-def _check_meaning(arguments):
+def _check_meaning(arguments: Arguments) -> None:
     """Raise InputError for an option that nothing asked for has a use for."""
     for name in arguments.given:
         meanings = [meaning for meaning in MEANINGS if meaning.option == name]
@@ -101,7 +104,7 @@ def _check_meaning(arguments):
             raise InputError(f"--{name} has no meaning for {asked}, only for {only}")
 
 
-def _check_together(arguments):
+def _check_together(arguments: Arguments) -> None:
     """Raise InputError for options that contradict each other."""
     by_tensor = arguments.beta_per == "tensor" and not ESAM.isdisjoint(arguments.sam_type)
     selects = arguments.gamma < 1 and not ESAM.isdisjoint(arguments.sam_type)
@@ -212,7 +215,7 @@ def _check_together(arguments):
             raise InputError(message)
 
 
-def _check_auto_rho(arguments):
+def _check_auto_rho(arguments: Arguments) -> None:
     """Raise InputError if ``--rho auto`` is asked for where a search would find another thing than rho."""
     if arguments.rho != AUTO:
         return
@@ -224,7 +227,7 @@ def _check_auto_rho(arguments):
         raise InputError(arguments.why_no_search)
 
 
-def check_mask(arguments, model):
+def check_mask(arguments: Arguments, model: nn.Module) -> None:
     """Raise InputError if a mask would choose nothing of a model, which may be on the meta device."""
     if not FISHER.isdisjoint(arguments.sam_type):
         with naming_options():
@@ -232,7 +235,7 @@ def check_mask(arguments, model):
             mask.count([p.shape for name, p in model.named_parameters() if mask.selects_from(name, p)])
 
 
-def check_mixup(arguments, model):
+def check_mixup(arguments: Arguments, model: nn.Module) -> None:
     """Raise InputError if nothing of a model, which may be on the meta device, can be mixed."""
     mixup = build_mixup(arguments, total_steps=1)
     if mixup is not None:

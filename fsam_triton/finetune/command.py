@@ -1,32 +1,46 @@
 """What ``fsam-finetune`` does, from the words of the command line to the files that it writes."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import gc
 import math
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
-from .. import WorkerError, from_pretrained, save_pretrained
+from .. import FishMask, WorkerError, from_pretrained, save_pretrained
+from ..analysis import RhoSearch
 from ..sparse_training.delta import ADAPTER_CONFIG, ADAPTER_DELTA
 from . import html, language_models, probe
 from .checks import check_arguments, check_mask, check_mixup
 from .errors import InputError, one_line, writing
-from .models import draw_batches, encode, load_empty_model, load_tokenizer, model_path, save, text_length
+from .models import Feature, draw_batches, encode, load_empty_model, load_tokenizer, model_path, save, text_length
 from .optional import transformers
+from .options import Arguments
 from .parser import parse
+from .report import Run
 from .results import Output, make_folder, run_folder, write_text
-from .texts import hold_out, label_names, read_bbc_news, read_glue, read_texts, with_wrong_labels
+from .texts import Texts, hold_out, label_names, read_bbc_news, read_glue, read_texts, with_wrong_labels
 from .training import Trainer, choose_mask, join_workers, search_rho
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from . import sft
 
 # Packaged articles of each subject.
 ARTICLES = {"train_per_label": 40, "validation_per_label": 60}
 
 
-def read_data(arguments):
+def read_data(arguments: Arguments) -> tuple[Texts, Texts]:
     """Return the (training, validation) texts that the arguments ask for."""
     if arguments.task_name:
         train, validation = read_glue(arguments.task_name)
@@ -59,53 +73,59 @@ class Task:
     """
 
     path: str
-    names: list
-    tokenizer: object
-    train: list
-    validation: list
-    test: list | None
+    names: list[str]
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Feature]
+    validation: list[Feature]
+    test: list[Feature] | None
     description: str
     length: int
-    sizes: dict
+    sizes: dict[str, int]
 
-    def notes(self, arguments):
+    def notes(self, arguments: Arguments) -> list[str]:
         """Return what the user did not ask for and is told, as lines."""
         few = self.length < arguments.max_seq_length
         return [f"texts are cut to {self.length} tokens: model and tokenizer take no more"] if few else []
 
-    def total_steps(self, arguments, workers):
+    def total_steps(self, arguments: Arguments, workers: int) -> int:
         """Return the steps of each worker in a run."""
         return arguments.total_steps(len(self.train), workers)
 
-    def choose_mask(self, arguments):
+    def choose_mask(self, arguments: Arguments) -> FishMask | None:
         """Return the FishMask of the weights to train; None for all weights."""
         return choose_mask(arguments, self.path, self.names, self.tokenizer, self.train)
 
-    def search_rho(self, arguments, sam_type):
+    def search_rho(self, arguments: Arguments, sam_type: str) -> RhoSearch | None:
         """Return the `RhoSearch` of ``--rho auto``; None if rho is given or unused."""
         return search_rho(arguments, sam_type, self.path, self.names, self.tokenizer, self.train)
 
-    def trainer(self, arguments, sam_type, steps, mask, worker):
+    def trainer(
+        self, arguments: Arguments, sam_type: str, steps: int | None, mask: FishMask | None, worker: tuple[int, int]
+    ) -> Trainer:
         """Return what makes a run of so many steps."""
+        assert steps is not None
         return Trainer(arguments, sam_type, self.path, self.names, self.tokenizer, steps, mask, worker)
 
-    def draw_batches(self, count, size, seed):
+    def draw_batches(self, count: int, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
         """Yield batches of training texts drawn at random."""
         return draw_batches(self.tokenizer, self.train, count, size, seed)
 
-    def saved_model(self, arguments, folder):
+    def saved_model(self, arguments: Arguments, folder: Path) -> nn.Module:
         """Return the model that a run has saved."""
         if arguments.save_delta:
             return from_pretrained(None, folder)
         return transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
 
-    def facts(self, arguments):
+    def facts(self, arguments: Arguments) -> dict[str, str]:
         """Return, in words by name, what a report says of model and data."""
         model = arguments.model_name_or_path or "all-MiniLM-L6-v2 (packaged)"
         return {"model": model, "labels": ", ".join(self.names)}
 
 
-def prepare(arguments):
+AnyTask = Task | language_models.Task
+
+
+def prepare(arguments: Arguments) -> AnyTask:
     """Return the `Task` of the arguments, or that of language models.
 
     Raises:
@@ -137,7 +157,7 @@ def prepare(arguments):
     return Task(path, names, tokenizer, train, validation, test, description, length, sizes)
 
 
-def finetune(arguments, argv=()):
+def finetune(arguments: Arguments, argv: Sequence[str] = ()) -> list[Run]:
     """Do what the command line asks for; return the list of runs.
 
     Args:
@@ -151,7 +171,7 @@ def finetune(arguments, argv=()):
     task = prepare(arguments)
     reports = html.is_possible(arguments)
     output = Output(arguments, task.description)
-    if reports:
+    if reports and arguments.report_folder is not None:
         make_folder("report", arguments.report_folder)
     rank, workers = join_workers(arguments)
     steps = task.total_steps(arguments, workers)
@@ -188,7 +208,7 @@ def finetune(arguments, argv=()):
     return output.runs
 
 
-def report(arguments, argv, task, output, mask):
+def report(arguments: Arguments, argv: Sequence[str], task: AnyTask, output: Output, mask: FishMask | None) -> None:
     """Measure how sharp the saved models are, and write the HTML page."""
     sharpness = probe.measure_sharpness(arguments, task)
     for run, found in zip(output.runs, sharpness, strict=True):
@@ -197,12 +217,20 @@ def report(arguments, argv, task, output, mask):
         output.page = html.write_report(arguments, argv, task, output.runs, mask, sharpness)
 
 
-def train_all(arguments, task, steps, output, mask, worker):
+def train_all(
+    arguments: Arguments,
+    task: AnyTask,
+    steps: int | None,
+    output: Output,
+    mask: FishMask | None,
+    worker: tuple[int, int],
+) -> None:
     """Make the runs that ``output`` lacks, and save each model as soon as it is trained."""
     for sam_type in arguments.sam_type[len(output.runs) :]:
         search = task.search_rho(arguments, sam_type)
         own = dataclasses.replace(arguments, rho=search.rho) if search else arguments
-        trainer = task.trainer(own, sam_type, steps, mask, worker)
+        # Any, because each kind of trainer takes the texts of its own kind of task, which a union cannot say.
+        trainer: Any = task.trainer(own, sam_type, steps, mask, worker)
         trainer.run.rho_search = search and dataclasses.asdict(search)
         if output.unfinished:
             trainer.load_state_dict(output.unfinished)
@@ -223,22 +251,30 @@ def train_all(arguments, task, steps, output, mask, worker):
         gc.collect()
 
 
-def save_run(arguments, task, output, mask, trainer, folder):
+def save_run(
+    arguments: Arguments,
+    task: AnyTask,
+    output: Output,
+    mask: FishMask | None,
+    trainer: Trainer | sft.Trainer,
+    folder: Path,
+) -> None:
     """Save a trained model, and what it predicts for the test texts."""
     with trainer.final_weights():
         if arguments.save_delta:
+            assert mask is not None
             with writing(folder):
                 save_pretrained(trainer.model, mask, folder)
             output.wrote(folder / ADAPTER_DELTA, folder / ADAPTER_CONFIG)
         else:
             output.wrote(*save(trainer.model, task.tokenizer, folder))
-        if task.test:
+        if isinstance(task, Task) and isinstance(trainer, Trainer) and task.test:
             predictions = (task.names[i] for i in trainer.logits(task.test).argmax(-1).tolist())
             lines = ["index\tprediction", *(f"{i}\t{prediction}" for i, prediction in enumerate(predictions))]
             output.wrote(write_text(folder / "predict_results.tsv", "\n".join(lines) + "\n"))
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:

@@ -1,5 +1,7 @@
 """Reads what a language model learns from: plain texts, conversations, prompts with their completions."""
 
+from __future__ import annotations
+
 import json
 import random
 from dataclasses import dataclass
@@ -7,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .texts import READERS, SUBSET_SEED, decode, read_bbc_news, text_at, value_at, whole_characters
+from .texts import READERS, SUBSET_SEED, Records, decode, read_bbc_news, text_at, value_at, whole_characters
 
 # The columns of the data types that TRL's SFTTrainer knows.
 TEXT, CONVERSATION, COMPLETION = ("text",), ("messages",), ("prompt", "completion")
@@ -44,18 +46,18 @@ class Corpus:
         """What each row is, in words."""
         return f"{' and '.join(self.columns)} as {'messages' if self.has_messages else 'strings'}"
 
-    def select(self, indices: list[int]) -> "Corpus":
+    def select(self, indices: list[int]) -> Corpus:
         """Return the texts at ``indices``, in that order."""
         rows, places = [self.rows[i] for i in indices], [self.places[i] for i in indices]
         return Corpus(self.source, self.columns, rows, places, self.empty)
 
-    def sample(self, count: int | None) -> "Corpus":
+    def sample(self, count: int | None) -> Corpus:
         """Return ``count`` texts drawn at random (the same ones each time), or all when there are no more than that."""
         if count is None or count >= len(self):
             return self
         return self.select(sorted(random.Random(SUBSET_SEED).sample(range(len(self)), count)))
 
-    def hold_out(self, fraction: float = 0.2) -> tuple["Corpus", "Corpus"]:
+    def hold_out(self, fraction: float = 0.2) -> tuple[Corpus, Corpus]:
         """Split off a share of the texts, the same ones each time; return (the rest, those held out).
 
         Raises:
@@ -111,13 +113,13 @@ def read_corpus(path: str | Path, text_column: str | None = None) -> Corpus:
     return Corpus(str(path), columns, rows, places, len(records) - len(rows))
 
 
-def _read_lines(path, text):
+def _read_lines(path: Path, text: str) -> Records:
     # Not splitlines(), which also splits at characters that may stand inside a text.
     lines = enumerate(text.split("\n"), start=1)
     return [(number, {"text": line.removesuffix("\r")}) for number, line in lines if line.strip()]
 
 
-def _find_columns(path, columns, text_column):
+def _find_columns(path: Path, columns: list[str], text_column: str | None) -> tuple[str, ...]:
     """Return the columns to read, of those of the first record."""
     if text_column:
         if text_column not in columns:
@@ -132,7 +134,9 @@ def _find_columns(path, columns, text_column):
     raise InputError(f"{path}: no columns {known}, and no --text_column_names; the columns are: {', '.join(columns)}")
 
 
-def _content(path, line, record, column, columns):
+def _content(
+    path: Path, line: int, record: dict[str, Any], column: str, columns: tuple[str, ...]
+) -> str | list[dict[str, str]]:
     """Return a string or a list of messages."""
     if columns == TEXT or (columns == COMPLETION and isinstance(record.get(column), str)):
         return text_at(path, line, record, column)
@@ -152,7 +156,7 @@ def _content(path, line, record, column, columns):
     return messages
 
 
-def _is_empty(row):
+def _is_empty(row: dict[str, Any]) -> bool:
     """Whether a text has nothing but white space; a conversation has its roles."""
     return all(isinstance(value, str) and not value.strip() for value in row.values())
 

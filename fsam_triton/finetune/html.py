@@ -1,5 +1,7 @@
 """Writes what a comparison of optimizers has found as one HTML page that needs no other file and no script."""
 
+from __future__ import annotations
+
 import datetime
 import importlib.metadata
 import importlib.util
@@ -9,14 +11,16 @@ import platform
 import re
 import shlex
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from .. import __version__
+from .. import FishMask, __version__
+from ..analysis import Landscape
 from ..analysis.density import layers_by_tensors
 from ..analysis.figures import written_figure
 from ..analysis.landscape import draw_map, draw_scale, map_levels
@@ -24,9 +28,11 @@ from ..files import written_whole
 from . import probe
 from .errors import InputError
 from .evidence import other_seeds
+from .options import Arguments
 from .report import (
     METRICS,
     PeakMemory,
+    Run,
     draw_evaluations,
     draw_losses,
     draw_rho_searches,
@@ -36,6 +42,14 @@ from .report import (
     table_rows,
 )
 from .texts import SUBSET_SEED
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
+    from .command import AnyTask
+
+    Pictures = Markup | list[Markup] | dict[str, Markup]
 
 # Stand in the pictures for the colour of the page's text and for those of the runs, which depend on the page's theme.
 _INK = "#010203"
@@ -55,7 +69,7 @@ _THEME: dict[Any, object] = {
 }
 
 
-def is_possible(arguments):
+def is_possible(arguments: Arguments) -> bool:
     """Whether there is to be a page and can be one; raise InputError if it was asked for and lacks a package."""
     missing = [name for name in ("jinja2", "matplotlib", "scipy") if not importlib.util.find_spec(name)]
     if arguments.report and arguments.report_folder and missing:
@@ -63,16 +77,23 @@ def is_possible(arguments):
     return arguments.report_folder is not None and not missing
 
 
-def write_report(arguments, argv, task, runs, mask, sharpness):
+def write_report(
+    arguments: Arguments,
+    argv: Sequence[str],
+    task: AnyTask,
+    runs: list[Run],
+    mask: FishMask | None,
+    sharpness: list[probe.Sharpness],
+) -> Path:
     """Write ``report.html`` into the folder ``--report``, whole or not at all; return its path.
 
     Args:
         arguments: the options.
         argv: the words that gave them.
-        task: the `Task` of the runs.
-        runs: list of `Run`.
+        task: that of the runs.
+        runs: what is reported.
         mask: the FishMask of the weights that all runs have trained, or None for all weights.
-        sharpness: list of `Sharpness`.
+        sharpness: of the model that every run started from, and of those that the runs have saved.
     """
     import jinja2
 
@@ -105,13 +126,14 @@ def write_report(arguments, argv, task, runs, mask, sharpness):
         facts=facts(arguments, task.facts(arguments), mask),
         options=asdict(arguments),
     )
+    assert arguments.report_folder is not None
     path = Path(arguments.report_folder) / "report.html"
     with written_whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 
 
-def title(names):
+def title(names: Sequence[str]) -> str:
     """Return what the page is about, in a few words."""
     if len(names) == 1:
         return f"Fine-tuning with {names[0]}"
@@ -120,7 +142,7 @@ def title(names):
     return f"{', '.join(names[:-1])} and {names[-1]} compared"
 
 
-def outcome(runs, texts):
+def outcome(runs: Sequence[Run], texts: int) -> str:
     """Return in a sentence how the runs compare in their metric, which was measured on so many validation texts."""
     metric = runs[0].metric
     values = [run.summary()[f"eval_{metric}"] for run in runs]
@@ -131,7 +153,7 @@ def outcome(runs, texts):
     if best_shown == worst_shown:
         return f"All reach the same {metric} on the validation texts: {best_shown}."
 
-    def having(value):
+    def having(value: float) -> str:
         return ", ".join(run.name for run, own in zip(runs, values, strict=True) if own == value)
 
     gap = ""
@@ -144,7 +166,7 @@ def outcome(runs, texts):
     )
 
 
-def command_line(argv):
+def command_line(argv: Sequence[str]) -> list[str]:
     """Return the shell command that gave this process the arguments ``argv``, as quoted words."""
     words = ["fsam-finetune"]
     if dist.is_available() and dist.is_torchelastic_launched():
@@ -154,7 +176,7 @@ def command_line(argv):
     return [shlex.quote(word) for word in (*words, *argv)]
 
 
-def facts(arguments, own, mask):
+def facts(arguments: Arguments, own: Mapping[str, str], mask: FishMask | None) -> dict[str, str]:
     """Return what else the figures depend on, in words by name."""
     device = f"CPU ({platform.machine()}), threads: {torch.get_num_threads()}"
     if arguments.device.type == "cuda":
@@ -176,14 +198,16 @@ def facts(arguments, own, mask):
     return found
 
 
-def mask_densities(runs, mask):
+def mask_densities(runs: Sequence[Run], mask: FishMask | None) -> dict[str, dict[str, float]]:
     """Return the share of each parameter's weights that a mask selects, by what the mask is."""
     if mask:
         return {"Trained in every run": mask.density_by_tensor()}
     return {f"Perturbed by {run.name}, last mask": run.mask_density for run in runs if run.mask_density}
 
 
-def mask_table(densities, sizes):
+def mask_table(
+    densities: Mapping[str, float], sizes: Mapping[str, int]
+) -> tuple[list[str], list[str], list[list[float]], list[float], float]:
     """Return the table of a mask: layers, tensors, their densities, those of all layers, and that of all weights.
 
     Args:
@@ -193,7 +217,7 @@ def mask_table(densities, sizes):
     weights = {name: sizes[name] for name in densities}
     selected = {name: density * sizes[name] for name, density in densities.items()}
 
-    def columns(values):
+    def columns(values: Mapping[str, float]) -> list[list[float]]:
         return [
             [value for value in column if value == value] for column in zip(*layers_by_tensors(values)[2], strict=True)
         ]
@@ -202,12 +226,12 @@ def mask_table(densities, sizes):
     return *layers_by_tensors(densities), shares, sum(selected.values()) / sum(weights.values())
 
 
-def shade(density):
+def shade(density: float) -> float:
     """Return how strongly a density is coloured: 0 for at most 0.0001, 1 for all, logarithmic between."""
     return max(0.0, 1 + math.log10(density) / 4) if density > 0 else 0.0
 
 
-def draw_pictures(runs, landscapes):
+def draw_pictures(runs: Sequence[Run], landscapes: Mapping[str, Landscape]) -> dict[str, Pictures]:
     """Return the page's pictures as SVG elements by name: curves, a line of each run, maps by run and their scale."""
     import matplotlib
     from matplotlib.rcsetup import cycler
@@ -216,7 +240,7 @@ def draw_pictures(runs, landscapes):
     if any(run.rho_search for run in runs):
         curves["rho"] = draw_rho_searches
     with matplotlib.rc_context({**_THEME, "axes.prop_cycle": cycler(color=_COLORS)}):
-        pictures: dict[str, Any] = {
+        pictures: dict[str, Pictures] = {
             name: picture(name, 4.8, 3.2, lambda figure, draw=draw: draw(runs, figure.subplots()))
             for name, draw in curves.items()
         }
@@ -235,7 +259,7 @@ def draw_pictures(runs, landscapes):
     return pictures
 
 
-def draw_key(number, figure):
+def draw_key(number: int, figure: Figure) -> None:
     """Draw a piece of a run's curve."""
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))
@@ -244,14 +268,14 @@ def draw_key(number, figure):
     axes.plot((0, 1, 2), (0, 0, 0), markevery=(1, 2), **line_style(number))
 
 
-def draw_small_map(landscape, levels, figure):
+def draw_small_map(landscape: Landscape, levels: list[float] | None, figure: Figure) -> None:
     """Draw a landscape without words."""
     axes = figure.subplots()
     draw_map(axes, landscape, levels)
     axes.set(xticks=(-probe.RADIUS, 0, probe.RADIUS), yticks=(-probe.RADIUS, 0, probe.RADIUS))
 
 
-def draw_map_scale(landscape, levels, figure):
+def draw_map_scale(landscape: Landscape, levels: list[float] | None, figure: Figure) -> None:
     """Draw the colours of all landscapes, of which ``landscape`` is one."""
     place = figure.subplots()
     axes = figure.add_axes((0, 0, 1, 1))
@@ -259,7 +283,7 @@ def draw_map_scale(landscape, levels, figure):
     axes.remove()
 
 
-def picture(name, width, height, draw):
+def picture(name: str, width: float, height: float, draw: Callable[[Figure], object]) -> Markup:
     """Return what ``draw`` has drawn into a figure of that size in inches as an SVG element, for a page."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.svg"
@@ -268,7 +292,7 @@ def picture(name, width, height, draw):
         return embedded_svg(path)
 
 
-def embedded_svg(path):
+def embedded_svg(path: Path) -> Markup:
     """Return the element of an SVG file that matplotlib wrote, to be put into a page; its ids take the file's name."""
     from markupsafe import Markup
 

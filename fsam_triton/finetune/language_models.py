@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from .. import FishMask
 from .corpus import Corpus, read_corpus, read_packaged_news
 from .errors import InputError, one_line
 from .models import loading, position_limit
@@ -85,7 +86,9 @@ class Task:
     def search_rho(self, arguments: Arguments, sam_type: str) -> None:
         """Return None: ``--rho auto`` is for classifiers."""
 
-    def trainer(self, arguments: Arguments, sam_type: str, steps: None, mask: None, worker: tuple[int, int]) -> Trainer:
+    def trainer(
+        self, arguments: Arguments, sam_type: str, steps: int | None, mask: FishMask | None, worker: tuple[int, int]
+    ) -> Trainer:
         """Return what makes a run."""
         from .sft import Trainer
 

@@ -1,13 +1,20 @@
 """Makes the optimizers and the mixup that the options ask for."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
-from .. import FSAM, AdamWL2SP, FisherMask, Mixup, MomentumSAM, Schedule
+from torch import nn
+
+from .. import FSAM, AdamWL2SP, FisherMask, FishMask, Mixup, MomentumSAM, Schedule
 from ..errors import ArgumentError
+from ..optim.optimizer import FusedOptimizer
 from .errors import InputError
-from .options import FISHER, MEANINGS
+from .options import FISHER, MEANINGS, Arguments
 
 # The option behind each name that an error of the library begins with.
 OPTION_OF = {meaning.argument: meaning.option for meaning in MEANINGS} | {
@@ -32,7 +39,7 @@ MIXUP_OPTION_OF = {
 
 
 @contextlib.contextmanager
-def naming_options(option_of=OPTION_OF):
+def naming_options(option_of: Mapping[str, str] = OPTION_OF) -> Iterator[None]:
     """Turn the library's ArgumentErrors into InputErrors that name the option instead of the argument."""
     try:
         yield
@@ -42,7 +49,14 @@ def naming_options(option_of=OPTION_OF):
         raise InputError(text) from error
 
 
-def build_optimizer(arguments, sam_type, model, novel, total_steps, trainable=None):
+def build_optimizer(
+    arguments: Arguments,
+    sam_type: str,
+    model: nn.Module,
+    novel: Collection[str],
+    total_steps: int,
+    trainable: FishMask | None = None,
+) -> FusedOptimizer:
     """Return the optimizer of a run.
 
     Args:
@@ -57,12 +71,12 @@ def build_optimizer(arguments, sam_type, model, novel, total_steps, trainable=No
         InputError: an option is out of its range.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [(n, p) for n, p in named if p.ndim > 1], "weight_decay": arguments.weight_decay},
         {"params": [(n, p) for n, p in named if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    keywords = {
+    keywords: dict[str, Any] = {
         "lr": arguments.learning_rate,
         "betas": (arguments.adam_beta1, arguments.adam_beta2),
         "eps": arguments.adam_epsilon,
@@ -83,7 +97,9 @@ def build_optimizer(arguments, sam_type, model, novel, total_steps, trainable=No
     return optimizer
 
 
-def _optimizer_of(arguments, sam_type, groups, total_steps, keywords):
+def _optimizer_of(
+    arguments: Arguments, sam_type: str, groups: list[dict[str, Any]], total_steps: int, keywords: dict[str, Any]
+) -> FusedOptimizer:
     if sam_type == "none":
         return AdamWL2SP(groups, **keywords)
     keywords |= arguments.of(FSAM, sam_type)
@@ -99,7 +115,7 @@ def _optimizer_of(arguments, sam_type, groups, total_steps, keywords):
     return FSAM.from_sam_type(sam_type, groups, **keywords)
 
 
-def build_mixup(arguments, total_steps, rank=0):
+def build_mixup(arguments: Arguments, total_steps: int, rank: int = 0) -> Mixup | None:
     """Return the `Mixup` of a run of so many steps, for a worker of this rank; None if the options ask for none.
 
     Raises:
@@ -113,7 +129,7 @@ def build_mixup(arguments, total_steps, rank=0):
         return Mixup(total_steps, seed=arguments.seed + rank, **given)
 
 
-def build_schedule(arguments, sam_type, total_steps):
+def build_schedule(arguments: Arguments, sam_type: str, total_steps: int) -> Schedule:
     """Return the `Schedule` of a run of so many steps."""
     keywords = arguments.of(Schedule, sam_type)
     warmup_ratio = keywords.pop("rho_warmup")

@@ -1,10 +1,14 @@
 """Makes `Arguments` of the words of a command line."""
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import re
 import types
 import typing
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from .errors import InputError
 from .options import DEFAULTS, GROUPS, MEANINGS, Arguments
@@ -16,7 +20,7 @@ _METAVARS = {int: "N", float: "X", str: "NAME"}
 class Parser(argparse.ArgumentParser):
     """Raises an InputError for what argparse would print with the usage before it."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         """Raise the message."""
         raise InputError(f"{message}; --help lists the options")
 
@@ -24,10 +28,10 @@ class Parser(argparse.ArgumentParser):
 class HelpFormatter(argparse.HelpFormatter):
     """Shows each option's default, except None and off; their meaning is in the option's own text."""
 
-    def __init__(self, *arguments, **keywords):
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, max_help_position=32, **keywords)
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         if "(default:" in text:
             return text
@@ -37,11 +41,11 @@ class HelpFormatter(argparse.HelpFormatter):
             defaults = [str(action.default)]
         return f"{text} (default: {' or '.join(defaults)})" if defaults else text
 
-    def _format_args(self, action, default_metavar):
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         return "" if action.const is True else super()._format_args(action, default_metavar)
 
 
-def build_parser():
+def build_parser() -> Parser:
     """Return the parser of the command line; it leaves words that it does not know."""
     parser = Parser(
         prog="fsam-finetune",
@@ -59,7 +63,7 @@ def build_parser():
     return parser
 
 
-def _keywords(kind):
+def _keywords(kind: Any) -> dict[str, Any]:
     """Return what argparse needs to know of an option of a type."""
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         kind, *_ = typing.get_args(kind)
@@ -73,13 +77,13 @@ def _keywords(kind):
     return {"type": kind, "metavar": _METAVARS[kind]}
 
 
-def _truth(word):
+def _truth(word: str) -> bool:
     if word.lower() not in _TRUTH:
         raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
     return _TRUTH[word.lower()]
 
 
-def parse(words):
+def parse(words: Sequence[str]) -> Arguments:
     """Return the `Arguments` that the words of a command line ask for; ``--help`` prints and exits.
 
     Raises:

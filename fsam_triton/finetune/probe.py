@@ -1,17 +1,27 @@
 """Measures how sharp models are on a small sample of texts, at a cost that is known beforehand."""
 
+from __future__ import annotations
+
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import analysis
+from ..analysis.mean_loss import Loss
 from .errors import one_line
 from .optional import tqdm
-from .options import SAM_TYPES
+from .options import SAM_TYPES, Arguments
 from .results import run_folder
 from .texts import SUBSET_SEED
+
+if TYPE_CHECKING:
+    from .command import AnyTask
+
+Batch = dict[str, torch.Tensor]
 
 # Texts of the sample and of its batches; the radius in which sharpness is measured, and the steps to the worst case.
 TEXTS = 32
@@ -49,7 +59,7 @@ class Sharpness:
     problems: list[str] = field(default_factory=list)
 
 
-def measure_sharpness(arguments, task):
+def measure_sharpness(arguments: Arguments, task: AnyTask) -> list[Sharpness]:
     """Return the `Sharpness` of each model that the runs have saved."""
     start = time.perf_counter()
     batches = list(task.draw_batches(TEXTS, BATCH, SUBSET_SEED))
@@ -63,14 +73,14 @@ def measure_sharpness(arguments, task):
     return found
 
 
-def measure_m_sharpness(arguments, task):
+def measure_m_sharpness(arguments: Arguments, task: AnyTask) -> list[float]:
     """Return the m-sharpness alone of each model that the runs have saved, the same as in `measure_sharpness`."""
     batches = list(task.draw_batches(TEXTS, BATCH, SUBSET_SEED))
     models = (task.saved_model(arguments, run_folder(arguments, sam_type)) for sam_type in arguments.sam_type)
     return [analysis.m_sharpness(model, _loss, batches, RHO) for model in models]
 
 
-def measure(name, model, batches, bar=None):
+def measure(name: str, model: Any, batches: Sequence[Batch], bar: Any = None) -> Sharpness:
     """Return the `Sharpness` of a transformers model; its embeddings require no gradient afterwards.
 
     Args:
@@ -82,7 +92,7 @@ def measure(name, model, batches, bar=None):
     batches = [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
     found = Sharpness(name)
 
-    def note(attribute, function, *arguments, **keywords):
+    def note(attribute: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
         words = attribute.replace("_", " ")
         if bar is not None:
             bar.set_description(f"{name}: {words}")
@@ -102,17 +112,17 @@ def measure(name, model, batches, bar=None):
     return found
 
 
-def _loss(model, batch):
+def _loss(model: Any, batch: Batch) -> torch.Tensor:
     return model(**batch).loss
 
 
 @torch.no_grad()
-def _mean_loss(model, loss, batches):
+def _mean_loss(model: Any, loss: Loss, batches: Sequence[Batch]) -> float:
     model.eval()
     return sum(loss(model, b).item() * len(b["labels"]) for b in batches) / sum(len(b["labels"]) for b in batches)
 
 
-def _top_eigenvalue(model, loss, batches):
+def _top_eigenvalue(model: Any, loss: Loss, batches: Sequence[Batch]) -> float:
     """Of all weights but the embeddings: these are many, and so few texts use hardly any."""
     import psutil
 

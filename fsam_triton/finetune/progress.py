@@ -1,13 +1,17 @@
 """Shows how far a run is, and says what is waited for when that is not a step."""
 
+from __future__ import annotations
+
 import contextlib
 import time
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from .optional import tqdm
 
 
 @contextlib.contextmanager
-def waiting(doing, total, unit, shown=True):
+def waiting(doing: str, total: int, unit: str, shown: bool = True) -> Iterator[Callable[[], object]]:
     """Context with a progress bar that disappears at its end; gives a function to call after each part.
 
     Args:
@@ -30,20 +34,23 @@ class Progress:
         shown: False for a bar that shows nothing (default: True).
     """
 
-    def __init__(self, name, total, done=0, shown=True):
-        self.name, self.shown, self.first, self.start = name, shown, done + 1, time.time()
-        self.bar = tqdm(total=total, initial=done, desc=name, unit="step", disable=not shown)
+    def __init__(self, name: str, total: int, done: int = 0, shown: bool = True) -> None:
+        self.name = name
+        self.shown = shown
+        self.first: int = done + 1
+        self.start: float = time.time()
+        self.bar: tqdm[NoReturn] = tqdm(total=total, initial=done, desc=name, unit="step", disable=not shown)
         self.bar.set_postfix_str("first step: compiling")
 
-    def note(self, text):
+    def note(self, text: str) -> None:
         """Show a text behind the bar, until the next step."""
         self.bar.set_postfix_str(text)
 
-    def close(self):
+    def close(self) -> None:
         """Leave the bar as it is."""
         self.bar.close()
 
-    def step(self, number, loss):
+    def step(self, number: int, loss: float) -> None:
         """Show that a step is done, counted from 1; the first one of this process takes no time, as it may compile."""
         self.bar.set_postfix_str(f"loss={loss:.3f}", refresh=False)
         if number == self.first and self.shown:
@@ -53,7 +60,7 @@ class Progress:
             self.bar.update()
 
     @contextlib.contextmanager
-    def waiting(self, doing, total, unit="batch"):
+    def waiting(self, doing: str, total: int, unit: str = "batch") -> Iterator[Callable[[], object]]:
         """Context for what is done between two steps: `waiting`, whose time the bar of the steps leaves out."""
         self.bar.set_postfix_str(doing)
         start = time.time()
@@ -61,7 +68,7 @@ class Progress:
             yield passed
         self._leave_out(time.time() - start)
 
-    def _leave_out(self, seconds):
+    def _leave_out(self, seconds: float) -> None:
         """Take so much time out of the bar's account."""
         if self.shown:
             self.bar.start_t += seconds

@@ -1,15 +1,23 @@
 """Measures a training run and reports several: peak memory, a table, a plot of the curves."""
 
+from __future__ import annotations
+
 import math
 import statistics
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..analysis import RhoSearch
 from ..analysis.rho import draw_rho_search
 from ..files import written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # How the table shows each metric.
 METRICS = {"accuracy": ".4f", "perplexity": ".2f"}
@@ -47,11 +55,11 @@ class Run:
     peak_memory_bytes: int = 0
     mask_density: dict[str, float] = field(default_factory=dict)
     metric: str = "accuracy"
-    rho_search: dict | None = None
+    rho_search: dict[str, Any] | None = None
     rounded: tuple[float, float] | None = None
     m_sharpness: float | None = None
 
-    def summary(self):
+    def summary(self) -> dict[str, float]:
         """Return the figures of the table as a dict; the time is the median, which leaves out compiling."""
         _, value, loss = self.evaluations[-1]
         return {
@@ -70,16 +78,16 @@ class PeakMemory:
     operating system's own maximum is of the process's whole life, so a second run could not be told from the first.)
     """
 
-    def __init__(self, device):
-        self.device = torch.device(device)
-        self.bytes = 0
+    def __init__(self, device: torch.device | str) -> None:
+        self.device: torch.device = torch.device(device)
+        self.bytes: int = 0
 
     @property
-    def meaning(self):
+    def meaning(self) -> str:
         """What ``bytes`` counts, in words."""
         return "CUDA memory allocated" if self.device.type == "cuda" else "process memory (sampled RSS)"
 
-    def __enter__(self):
+    def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
@@ -88,14 +96,14 @@ class PeakMemory:
             self._sampler.start()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device)
         else:
             self._stop.set()
             self._sampler.join()
 
-    def _sample(self):
+    def _sample(self) -> None:
         import psutil
 
         process = psutil.Process()
@@ -105,13 +113,13 @@ class PeakMemory:
                 return
 
 
-def table_rows(runs):
+def table_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """Return the figures of ``runs`` as rows of strings: the headings, then one row per run.
 
     What has been measured of no run has no column; of a single one, a dash.
     """
     metric = runs[0].metric
-    columns = {
+    columns: dict[str, list[str] | list[str | None]] = {
         metric: [format(run.evaluations[-1][1], METRICS[metric]) for run in runs],
         "loss": [f"{run.evaluations[-1][2]:.4f}" for run in runs],
         f"{ROUNDED_BITS}-bit {metric}": [run.rounded and format(run.rounded[0], METRICS[metric]) for run in runs],
@@ -125,7 +133,7 @@ def table_rows(runs):
     return [("optimizer", *columns), *zip(names, *cells, strict=True)]
 
 
-def table_note(runs, memory_meaning):
+def table_note(runs: Sequence[Run], memory_meaning: str) -> str:
     """Return what the figures of the table are, in words."""
     parts = [f"{runs[0].metric} and loss: on the validation texts"]
     if any(run.rounded for run in runs):
@@ -135,7 +143,7 @@ def table_note(runs, memory_meaning):
     return "; ".join([*parts, "s/step: median", f"peak MiB: {memory_meaning}"])
 
 
-def format_table(runs, memory_meaning):
+def format_table(runs: Sequence[Run], memory_meaning: str) -> str:
     """Return the figures of ``runs`` as lines of text, one per run, under a heading."""
     stopped = [
         f"{run.name}: stopped after step {len(run.losses)} of {run.total_steps}"
@@ -145,7 +153,7 @@ def format_table(runs, memory_meaning):
     return "\n".join([*aligned(table_rows(runs)), *stopped, table_note(runs, memory_meaning)])
 
 
-def aligned(rows):
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows of strings as lines whose columns are as wide as they must be, all but the first flush right."""
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [
@@ -154,7 +162,7 @@ def aligned(rows):
     ]
 
 
-def line_style(number):
+def line_style(number: int) -> dict[str, Any]:
     """Return the colour, dashes and marker of a run, as keywords of ``axes.plot``."""
     # One more for each round, so that no two runs have both colour and dashes in common.
     dashes = _DASHES[(number + number // len(_DASHES)) % len(_DASHES)]
@@ -165,12 +173,12 @@ def line_style(number):
     }
 
 
-def steps_per_point(runs):
+def steps_per_point(runs: Sequence[Run]) -> int:
     """Return how many steps have one point in the plot of the losses: several in long runs, to show less noise."""
     return math.ceil(max(len(run.losses) for run in runs) / _MOST_POINTS)
 
 
-def draw_losses(runs, axes):
+def draw_losses(runs: Sequence[Run], axes: Axes) -> None:
     """Draw the training loss of each run's steps, as means over `steps_per_point` steps."""
     count = steps_per_point(runs)
     means = []
@@ -184,7 +192,7 @@ def draw_losses(runs, axes):
     _finish(axes)
 
 
-def draw_evaluations(runs, axes):
+def draw_evaluations(runs: Sequence[Run], axes: Axes) -> None:
     """Draw the metric of each run on the validation texts after the steps at which it was evaluated."""
     for number, run in enumerate(runs):
         steps, values, _ = zip(*run.evaluations, strict=True)
@@ -193,19 +201,19 @@ def draw_evaluations(runs, axes):
     _finish(axes)
 
 
-def draw_rho_searches(runs, axes):
+def draw_rho_searches(runs: Sequence[Run], axes: Axes) -> None:
     """Draw how the loss rises with rho, of each run whose rho was searched."""
     for number, run in enumerate(runs):
         if run.rho_search:
             draw_rho_search(RhoSearch(**run.rho_search), axes, run.name, **line_style(number))
 
 
-def _finish(axes):
-    axes.xaxis.get_major_locator().set_params(integer=True)
+def _finish(axes: Axes) -> None:
+    axes.locator_params("x", integer=True)
     axes.grid(alpha=0.15)
 
 
-def plot_curves(runs, path):
+def plot_curves(runs: Sequence[Run], path: Path) -> None:
     """Write the training loss and the metric on the validation texts as a PNG; needs matplotlib."""
     from matplotlib.figure import Figure
 

@@ -1,5 +1,7 @@
 """Trains a causal language model: TRL's SFTTrainer with the optimizers of this package."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import math
@@ -11,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]  (trl exports them lazily)
 
 from .. import FSAM
 from ..analysis import mask_density, rounded_weights
 from ..integrations.transformers import SharpnessAwareMixin
+from ..optim.optimizer import FusedOptimizer
 from .errors import InputError, writing
-from .language_models import adapter_config, quiet
+from .language_models import Task, adapter_config, quiet
 from .optimizers import build_optimizer
-from .options import DTYPES, SAM_TYPES
+from .options import DTYPES, SAM_TYPES, Arguments
 from .progress import Progress
 from .report import ROUNDED_BITS, PeakMemory, Run
 from .results import TRAINER_CHECKPOINTS
@@ -43,16 +48,16 @@ class Trainer:
         InputError: the model is not causal, or no text is left.
     """
 
-    def __init__(self, arguments, sam_type, task):
+    def __init__(self, arguments: Arguments, sam_type: str, task: Task) -> None:
         datasets.disable_progress_bars()
         self.arguments = arguments
-        self.run = Run(SAM_TYPES[sam_type], metric="perplexity")
-        self.checkpoint = None
+        self.run: Run = Run(SAM_TYPES[sam_type], metric="perplexity")
+        self.checkpoint: str | None = None
         transformers.set_seed(arguments.seed)
         model, novel = task.load_model(DTYPES[arguments.dtype])
         cls = OnePassTrainer if sam_type in ONE_PASS else TwoPassTrainer
         with quiet():
-            self.sft = cls(
+            self.sft: OnePassTrainer | TwoPassTrainer = cls(
                 run=self.run,
                 make_optimizer=lambda model, steps: build_optimizer(arguments, sam_type, model, novel, steps),
                 model=model,
@@ -69,15 +74,15 @@ class Trainer:
         self.sft.args.lr_scheduler_kwargs = arguments.scheduler_kwargs(self.run.total_steps)
 
     @property
-    def model(self):
+    def model(self) -> Any:
         """The model, with its adapter if there is one."""
         return self.sft.model
 
-    def final_weights(self):
+    def final_weights(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the model has the weights to evaluate and to save: clean ones, or their average."""
         return self.sft.final_weights()
 
-    def train(self, train, validation, checkpoint=None):
+    def train(self, train: object, validation: object, checkpoint: Callable[[Trainer], object] | None = None) -> None:
         """Train on the task's texts; evaluate after each pass over them and at the end.
 
         Args:
@@ -100,7 +105,7 @@ class Trainer:
             densities = mask_density(optimizer, self.model)
             self.run.mask_density = {name: density for name, density in densities.items() if name in trained}
 
-    def evaluate_rounded(self, validation):
+    def evaluate_rounded(self, validation: object) -> None:
         """Note perplexity and loss with the linear layers rounded to `ROUNDED_BITS`; not of an adapter.
 
         Args:
@@ -111,11 +116,11 @@ class Trainer:
         with self.final_weights(), rounded_weights(self.model, ROUNDED_BITS):
             self.run.rounded = self.sft.score(f"evaluating with {ROUNDED_BITS}-bit weights")
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Return what is noted, and the step at which the Trainer has written a checkpoint of all else."""
         return {"run": dataclasses.asdict(self.run), "step": self.sft.state.global_step}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue, in `train`, after the step at which the state was taken.
 
         Raises:
@@ -128,7 +133,7 @@ class Trainer:
         self.checkpoint = str(folder)
 
 
-def training_arguments(arguments, sam_type, task):
+def training_arguments(arguments: Arguments, sam_type: str, task: Task) -> SFTConfig:
     """Return TRL's arguments for the options; what the optimizer does by itself is off."""
     folder = Path(arguments.output_dir)
     if arguments.save_steps or arguments.resume_from_checkpoint:
@@ -165,7 +170,7 @@ def training_arguments(arguments, sam_type, task):
     )
 
 
-def keep_tokens(sft, task, arguments):
+def keep_tokens(sft: Noted, task: Task, arguments: Arguments) -> None:
     """Leave the prepared texts to the runs that follow; raise InputError if there are none."""
     for which, before, after in (
         ("training", task.train, sft.train_dataset),
@@ -191,41 +196,48 @@ class Noted(_Below):
     # The class below allows None and other kinds of data sets, too.
     model: Any
     train_dataset: Any
+    eval_dataset: Any
 
-    def __init__(self, *, run, make_optimizer, **keywords):
-        self.run, self.make_optimizer = run, make_optimizer
+    def __init__(
+        self, *, run: Run, make_optimizer: Callable[[nn.Module, int], FusedOptimizer], **keywords: Any
+    ) -> None:
+        self.run = run
+        self.make_optimizer = make_optimizer
         self.step_loss: Tensor | float = 0.0
         self.step_tokens: Tensor | int = 0
         super().__init__(**keywords)
-        self.notes = Notes(self)
+        self.notes: Notes = Notes(self)
         self.remove_callback(transformers.PrinterCallback)
         self.add_callback(self.notes)
 
-    def _send_telemetry(self):
+    def _send_telemetry(self) -> None:
         """Send nothing."""
 
-    def _save_checkpoint(self, *arguments, **keywords):
+    def _save_checkpoint(self, *arguments: Any, **keywords: Any) -> None:
         with writing(self.args.output_dir):
             super()._save_checkpoint(*arguments, **keywords)
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Make the optimizer of the options, unless there is one."""
         if self.optimizer is None:
-            self.optimizer = self.make_optimizer(self.model, self.run.total_steps)
+            self.optimizer: Optimizer | None = self.make_optimizer(self.model, self.run.total_steps)
         return super().create_optimizer(model)
 
     @property
-    def own_optimizer(self):
+    def own_optimizer(self) -> FusedOptimizer:
         """The optimizer under accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        outermost: Any = self.optimizer
+        return getattr(outermost, "optimizer", outermost)
 
-    def final_weights(self):
+    def final_weights(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the model has the weights to evaluate and to save."""
         self.model.eval()
         optimizer = self.own_optimizer
         return optimizer.ema_weights() if optimizer.ema_decay is not None else contextlib.nullcontext()
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Pass a micro-batch; note the sum of its tokens' losses, and how many these are."""
         tokens = (inputs["labels"][:, 1:] != -100).sum()
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -237,7 +249,7 @@ class Noted(_Below):
         return loss
 
     @torch.no_grad()
-    def score(self, doing):
+    def score(self, doing: str) -> tuple[float, float]:
         """Return perplexity and loss, inside `final_weights`: means over all tokens, not over batches."""
         total, tokens, batches = 0.0, 0, self.get_eval_dataloader()
         # A data loader draws from the generator of dropout.
@@ -251,7 +263,7 @@ class Noted(_Below):
         loss = total / tokens
         return math.exp(loss) if not loss > 700 else math.inf, loss
 
-    def evaluate(self, *arguments, **keywords):
+    def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
         """Note perplexity and loss."""
         with self.final_weights():
             perplexity, loss = self.score("evaluating")
@@ -263,12 +275,14 @@ class Noted(_Below):
 class Notes(transformers.TrainerCallback):
     """Shows the progress of a run, and notes loss and time of each step."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: Noted) -> None:
         self.trainer = trainer
         self.saved: Callable[[], object] = lambda: None
-        self.progress = Progress(trainer.run.name, 0, shown=False)
+        self.progress: Progress = Progress(trainer.run.name, 0, shown=False)
 
-    def on_train_begin(self, args, state, control, **keywords):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
         """Show the bar."""
         done = state.global_step
         self.progress = Progress(self.trainer.run.name, state.max_steps, done)
@@ -278,12 +292,16 @@ class Notes(transformers.TrainerCallback):
             # Trainer saves before the evaluation of that step, and does not come back to it.
             self.trainer.evaluate()
 
-    def on_step_begin(self, args, state, control, **keywords):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
         """Start the clock."""
-        self.start = time.perf_counter()
+        self.start: float = time.perf_counter()
         self.trainer.step_loss, self.trainer.step_tokens = 0.0, 0
 
-    def on_step_end(self, args, state, control, **keywords):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
         """Note the step."""
         run, loss = self.trainer.run, float(self.trainer.step_loss / self.trainer.step_tokens)
         run.step_seconds.append(time.perf_counter() - self.start)
@@ -292,7 +310,7 @@ class Notes(transformers.TrainerCallback):
         # Continued after its last step, a Trainer would make one more.
         control.should_save = control.should_save and state.global_step < state.max_steps
 
-    def on_save(self, args, state, control, **keywords):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any) -> None:
         """Refer to what the Trainer has written."""
         self.saved()
 

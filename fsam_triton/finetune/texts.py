@@ -1,5 +1,7 @@
 """Reads labelled texts and sentence pairs: CSV, TSV and JSON-lines files, GLUE tasks by name, the packaged BBC news."""
 
+from __future__ import annotations
+
 import csv
 import importlib.resources
 import io
@@ -8,13 +10,16 @@ import json
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, one_line
+
+if TYPE_CHECKING:
+    import datasets
 
 GLUE_COLUMNS: dict[str, tuple[str, ...]] = {
     "cola": ("sentence",),
@@ -26,6 +31,9 @@ GLUE_COLUMNS: dict[str, tuple[str, ...]] = {
     "sst2": ("sentence",),
     "wnli": ("sentence1", "sentence2"),
 }
+
+# What a file has in its lines, by their numbers and by column.
+Records = list[tuple[int, dict[str, Any]]]
 
 # Subsets are drawn with a seed of their own, so that runs with different training seeds are judged on the same texts.
 SUBSET_SEED = 0
@@ -50,12 +58,12 @@ class Texts:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def select(self, indices: list[int]) -> "Texts":
+    def select(self, indices: list[int]) -> Texts:
         """Return the texts at ``indices``, in that order."""
         labels = None if self.labels is None else [self.labels[i] for i in indices]
         return Texts(self.source, self.columns, [self.rows[i] for i in indices], labels)
 
-    def sample(self, count: int | None) -> "Texts":
+    def sample(self, count: int | None) -> Texts:
         """Return ``count`` texts drawn at random (the same ones each time), or all when there are no more than that."""
         if count is None or count >= len(self):
             return self
@@ -113,20 +121,21 @@ def decode(path: Path) -> str:
         raise InputError(f"{path}:{line}: not UTF-8 (byte 0x{data[start]:02x} at offset {start})") from error
 
 
-def _read_csv(path, text):
+def _read_csv(path: Path, text: str) -> Records:
     # Strict, because a quote that is never closed would otherwise swallow the rest of the file as one text.
     return _read_delimited(path, text, delimiter=",", strict=True)
 
 
-def _read_tsv(path, text):
+def _read_tsv(path: Path, text: str) -> Records:
     # A quote is an ordinary character, as in the TSV files of GLUE: review texts open with quotes they never close.
     return _read_delimited(path, text, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _read_delimited(path, text, **dialect):
+def _read_delimited(path: Path, text: str, **dialect: Any) -> Records:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), **dialect)
-    records, header = [], None
+    records: Records = []
+    header = None
     try:
         for row in reader:
             if not row:
@@ -144,18 +153,18 @@ def _read_delimited(path, text, **dialect):
     return records
 
 
-def _first_repeated(names):
+def _first_repeated(names: Iterable[str]) -> str | None:
     """Return the first of the names that occurs twice, or None."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
-def _read_json_lines(path, text):
-    def unrepeated(pairs):
+def _read_json_lines(path: Path, text: str) -> Records:
+    def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if twice := _first_repeated(name for name, _ in pairs):
             raise InputError(f"{path}:{number}: an object has '{twice}' twice")
         return dict(pairs)
 
-    records = []
+    records: Records = []
     # Not splitlines(), which also splits at characters that may stand inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -174,10 +183,15 @@ def _read_json_lines(path, text):
     return records
 
 
-READERS = {".csv": _read_csv, ".tsv": _read_tsv, ".json": _read_json_lines, ".jsonl": _read_json_lines}
+READERS: dict[str, Callable[[Path, str], Records]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".json": _read_json_lines,
+    ".jsonl": _read_json_lines,
+}
 
 
-def _guess_text_columns(path, columns, label_column):
+def _guess_text_columns(path: Path, columns: list[str], label_column: str) -> tuple[str, ...]:
     for usual in (("sentence1", "sentence2"), ("sentence",), ("text",)):
         if set(usual) <= set(columns):
             return usual
@@ -214,7 +228,7 @@ def whole_characters(path: Path, line: int, column: str, text: str) -> str:
     return text
 
 
-def _label(path, line, record, column):
+def _label(path: Path, line: int, record: dict[str, Any], column: str) -> str:
     label = value_at(path, line, record, column)
     whole = isinstance(label, str | int) or (isinstance(label, float) and label.is_integer())
     name = label.strip() if isinstance(label, str) else json.dumps(label)
@@ -227,7 +241,7 @@ def _label(path, line, record, column):
     return name
 
 
-def _number(label):
+def _number(label: str) -> Decimal | None:
     """Return a label's value if it is a number, else None."""
     try:
         value = Decimal(label)
@@ -294,7 +308,7 @@ def hold_out(texts: Texts, fraction: float = 0.2) -> tuple[Texts, Texts]:
     return texts.select(rest), texts.select(held_out)
 
 
-def _shuffled_by_label(texts):
+def _shuffled_by_label(texts: Texts) -> list[list[int]]:
     generator = random.Random(SUBSET_SEED)
     by_label: dict[str, list[int]] = {}
     for i, label in enumerate(texts.labels or ()):
@@ -327,7 +341,7 @@ def read_glue(task_name: str) -> tuple[Texts, Texts]:
     return train, validation
 
 
-def _glue_texts(source, split, columns):
+def _glue_texts(source: str, split: datasets.Dataset, columns: tuple[str, ...]) -> Texts:
     names = split.features["label"].names
     rows = list(zip(*(split[column] for column in columns), strict=True))
     return Texts(source, columns, rows, [names[i] for i in split["label"]])
@@ -359,7 +373,7 @@ def read_bbc_news(train_per_label: int = 32, validation_per_label: int = 60) -> 
     return news.select(train), news.select(validation)
 
 
-def with_wrong_labels(labels, count, noise, seed):
+def with_wrong_labels(labels: Sequence[int], count: int, noise: float, seed: int) -> list[int]:
     """Return the labels, a share of them replaced by another one, all others being equally likely.
 
     Args:

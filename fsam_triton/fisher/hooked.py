@@ -42,15 +42,15 @@ class HookedPasses(TorchFunctionMode):
 
     def __init__(self, params: Mapping[str, Tensor], fisher: Mapping[str, Tensor], objective: Objective) -> None:
         super().__init__()
-        self.params = {id(p): p for p in params.values()}
-        self.fisher = {id(p): fisher[name] for name, p in params.items()}
+        self.params: dict[int, Tensor] = {id(p): p for p in params.values()}
+        self.fisher: dict[int, Tensor] = {id(p): fisher[name] for name, p in params.items()}
         self.objective = objective
         self.slow: set[int] = set()
         # Parameters with the ways of using them that were tried out; those of embeddings that all samples share.
         self.tried: set[tuple[int, int, bool]] = set()
         self.positional: set[int] = set()
         self.alone: int | None = None
-        self.first = True
+        self.first: bool = True
 
     def add(self, model: nn.Module, batch: Batch) -> None:
         """Add the batch's statistics for all parameters that are not slow, after deciding which are."""
@@ -80,7 +80,8 @@ class HookedPasses(TorchFunctionMode):
         Returns:
             Losses, and the leaves of their graph.
         """
-        self.size, self.known_slow = batch.size, frozenset(self.slow)
+        self.size: int = batch.size
+        self.known_slow: frozenset[int] = frozenset(self.slow)
         # How often each parameter is used, the ways, and embeddings that all samples share until they are added.
         self.uses: dict[int, int] = {}
         self.ways: set[tuple[int, int, bool]] = set()

@@ -29,10 +29,13 @@ class SlowPasses:
     def __init__(
         self, model: nn.Module, params: Mapping[str, Tensor], fisher: dict[str, Tensor], objective: Objective
     ) -> None:
-        self.model, self.params, self.fisher, self.objective = model, params, fisher, objective
+        self.model = model
+        self.params = params
+        self.fisher = fisher
+        self.objective = objective
         # The parameters that vmap was compared for, and whether it was right.
         self.names: list[str] = []
-        self.vectorised = False
+        self.vectorised: bool = False
 
     def add(self, names: list[str], batch: Batch) -> None:
         """Add the batch's statistics for the parameters of these names."""
@@ -121,7 +124,7 @@ class Aliases(TorchFunctionMode):
 
     def __init__(self, params: list[Tensor]) -> None:
         super().__init__()
-        self.own = {id(p): p.detach().requires_grad_() for p in params}
+        self.own: dict[int, Tensor] = {id(p): p.detach().requires_grad_() for p in params}
 
     def __torch_function__(
         self,

@@ -142,7 +142,7 @@ class SharpnessAwareMixin(_Below):
     def __init__(
         self, *args: Any, optimizer_kwargs: Mapping[str, Any] | None = None, same_dropout: bool = False, **kwargs: Any
     ) -> None:
-        self.optimizer_kwargs = dict(optimizer_kwargs or {})
+        self.optimizer_kwargs: dict[str, Any] = dict(optimizer_kwargs or {})
         self.same_dropout = same_dropout
         # The micro-batches of the step so far, and the one whose pass is under way.
         self._passed: list[_Pass] = []
@@ -169,7 +169,9 @@ class SharpnessAwareMixin(_Below):
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             model = cast("nn.Module", self.model) if model is None else model
             decays = self.get_decay_parameter_names(model)
-            self.optimizer = create_optimizer(model, self.args, **{"decays": decays, **self.optimizer_kwargs})
+            self.optimizer: torch.optim.Optimizer | None = create_optimizer(
+                model, self.args, **{"decays": decays, **self.optimizer_kwargs}
+            )
         optimizer = super().create_optimizer(model)
         own = self._sam
         allowed = "must be an FSAM, a SAM, a MomentumSAM or an AdamWL2SP"
@@ -181,7 +183,8 @@ class SharpnessAwareMixin(_Below):
     @property
     def _sam(self) -> torch.optim.Optimizer:
         """The optimizer under accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        outermost: Any = self.optimizer
+        return getattr(outermost, "optimizer", outermost)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as `transformers.Trainer.train`."""
@@ -359,7 +362,8 @@ class FlatLoRACallback(TrainerCallback):
     """
 
     def __init__(self, sigma: float = 0.05, seed: int | None = None) -> None:
-        self.sigma, self.seed = sigma, seed
+        self.sigma = sigma
+        self.seed = seed
         self.flat: FlatLoRA | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:

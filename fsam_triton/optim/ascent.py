@@ -94,7 +94,10 @@ class Ascent:
         check(mask_norm in ("all", "masked"), "mask_norm", mask_norm, 'must be "all" or "masked"')
         check(0 < beta <= 1, "beta", beta, "must be in (0, 1]")
         check(beta_per in ("element", "tensor"), "beta_per", beta_per, 'must be "element" or "tensor"')
-        self.mask, self.mask_norm, self.beta, self.beta_per = mask, mask_norm, beta, beta_per
+        self.mask = mask
+        self.mask_norm = mask_norm
+        self.beta = beta
+        self.beta_per = beta_per
         check(
             mask is None or others.group is None,
             "mask",
@@ -107,8 +110,12 @@ class Ascent:
         check(single, "sigma", sigma, "must be 0 with preconditioned: each makes a direction of its own")
         whole = sigma == 0 or beta == 1 or beta_per == "element"
         check(whole, "beta_per", beta_per, 'must be "element" with sigma: an average needs all gradients')
-        self.sigma, self.lmbda, self.preconditioned = sigma, lmbda, preconditioned
-        self.seed, self.stochastic_rounding, self.others = seed, stochastic_rounding, others
+        self.sigma = sigma
+        self.lmbda = lmbda
+        self.preconditioned = preconditioned
+        self.seed = seed
+        self.stochastic_rounding = stochastic_rounding
+        self.others = others
         self.backup_format = backup_format
         # What a GradScaler had multiplied the gradients of the last ascent with, if it was told.
         self.scale: Tensor | None = None

@@ -109,7 +109,10 @@ class FlatLoRA:
         check(total_steps is None or total_steps >= 1, "total_steps", total_steps, "must be >= 1 or None")
         check(step >= 0, "step", step, "must be >= 0")
         _check_checkpoints(model)
-        self.sigma, self.total_steps, self.seed, self.step = sigma, total_steps, seed, step
+        self.sigma = sigma
+        self.total_steps = total_steps
+        self.seed = seed
+        self.step: int = step
         found = [(name, module) for name, module in model.named_modules() if _is_lora(module)]
         check(bool(found), "model", type(model).__name__, "must have LoRA layers of peft")
         for name, module in found:

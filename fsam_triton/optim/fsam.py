@@ -131,7 +131,7 @@ class FSAM(TwoPass, FusedOptimizer):
         seed, rounds = options.get("seed", 0), options.get("stochastic_rounding", True)
         others = OtherParts(options.get("norm_group"))
         check(not preconditioned or rule == "adamw", "preconditioned", preconditioned, 'needs rule="adamw"')
-        self.ascent = Ascent(
+        self.ascent: Ascent = Ascent(
             *(mask, mask_norm, beta, beta_per, seed, rounds, others),
             backup_format=backup_format,
             sigma=sigma,
@@ -146,7 +146,7 @@ class FSAM(TwoPass, FusedOptimizer):
 
     def _begin(self) -> None:
         """Create the parts that a copy does not take over."""
-        self.clean_view = CleanView()
+        self.clean_view: CleanView = CleanView()
         # The gradients of the ascent, where the descent needs them.
         self._first: dict[Parameter, Tensor] = {}
         self._carried = {}

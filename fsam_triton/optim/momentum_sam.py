@@ -93,7 +93,7 @@ class MomentumSAM(FusedOptimizer):
 
     def _begin(self) -> None:
         self._unperturbed_steps, self._was_perturbed = 0, False
-        self.clean_view = CleanView()
+        self.clean_view: CleanView = CleanView()
         self.clean_view.find(p for group in self.param_groups for p in group["params"])
         self._expect()
         if self._training:

@@ -29,7 +29,7 @@ from .checkpoint import checked_groups, checked_state, with_floats
 from .descent import Direction, Half, descend, prepared
 from .groups import check_options, check_parameters, trained_positions
 from .release import GradientRelease
-from .rules import RULES
+from .rules import RULES, Rule
 from .uncompiled import add_param_group, state_dict, uncompiled, zero_grad
 
 if TYPE_CHECKING:
@@ -131,22 +131,27 @@ class FusedOptimizer(Optimizer):
         **hyper: Any,
     ) -> None:
         check(rule in RULES, "rule", rule, f"must be one of {', '.join(RULES)}")
-        self.anchors = Anchors(anchors)
+        self.anchors: Anchors = Anchors(anchors)
         check(max_grad_norm is None or max_grad_norm > 0, "max_grad_norm", max_grad_norm, "must be > 0 or None")
         check(ema_decay is None or 0 <= ema_decay < 1, "ema_decay", ema_decay, "must be in [0, 1) or None")
         state_formats.check_master_weights(master_weights)
         check(not differentiable, "differentiable", differentiable, "must be False")
-        self.rule = RULES[rule]
+        self.rule: Rule = RULES[rule]
         unknown = hyper.keys() - self.rule.defaults.keys()
         if unknown:
             allowed = ", ".join(self.rule.defaults)
             raise TypeError(f"unexpected argument {min(unknown)!r}; those of the rule {rule!r} are {allowed}")
-        self.max_grad_norm, self.master_weights, self.ema_decay = max_grad_norm, master_weights, ema_decay
-        self.stochastic_rounding, self.seed, self.others = stochastic_rounding, seed, OtherParts(norm_group)
+        self.max_grad_norm = max_grad_norm
+        self.master_weights = master_weights
+        self.ema_decay = ema_decay
+        self.stochastic_rounding = stochastic_rounding
+        self.seed = seed
+        self.others: OtherParts = OtherParts(norm_group)
         self._check_trainable(trainable)
         self.trainable = trainable
-        self.balance = Balance(balance_by)
-        self.average, self.ledger = Average(), self._new_ledger()
+        self.balance: Balance = Balance(balance_by)
+        self.average: Average = Average()
+        self.ledger: Ledger = self._new_ledger()
         defaults = {
             "lr": lr,
             **self.rule.defaults,

@@ -60,8 +60,8 @@ class AdamW(Rule):
     """AdamW (arXiv 1711.05101): betas, eps, amsgrad as torch.optim.AdamW has them."""
 
     name = "adamw"
-    defaults: ClassVar = {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False}
-    weight_decay = 1e-2
+    defaults: ClassVar[Mapping[str, Any]] = {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False}
+    weight_decay: float = 1e-2
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:
@@ -79,8 +79,8 @@ class SGD(Rule):
     """SGD: momentum, dampening, nesterov as torch.optim.SGD has them; decay is a part of the gradient, as there."""
 
     name = "sgd"
-    defaults: ClassVar = {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
-    weight_decay = 0.0
+    defaults: ClassVar[Mapping[str, Any]] = {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
+    weight_decay: float = 0.0
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:
@@ -106,8 +106,8 @@ class Lion(Rule):
     """Lion (arXiv 2302.06675): betas (0.9, 0.99); decoupled decay."""
 
     name = "lion"
-    defaults: ClassVar = {"betas": (0.9, 0.99)}
-    weight_decay = 0.0
+    defaults: ClassVar[Mapping[str, Any]] = {"betas": (0.9, 0.99)}
+    weight_decay: float = 0.0
 
     @staticmethod
     def check(group: Mapping[str, Any]) -> None:
@@ -121,4 +121,4 @@ class Lion(Rule):
         return tuple(group["betas"])
 
 
-RULES = {rule.name: rule for rule in (AdamW(), SGD(), Lion())}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (AdamW(), SGD(), Lion())}

@@ -96,11 +96,11 @@ class SAM(TwoPass):
         self.base = base
         self._set_parts(gamma, ascent_fraction)
         others = OtherParts(norm_group)
-        self.ascent = Ascent(
+        self.ascent: Ascent = Ascent(
             mask, mask_norm, beta, beta_per, seed, stochastic_rounding, others, sigma=sigma, lmbda=lmbda
         )
         self._of_group = {**radii.group_defaults(rho, schedule), "adaptive": adaptive, "ascents": 0}
-        self.defaults = {**base.defaults, **self._of_group}
+        self.defaults: dict[str, Any] = {**base.defaults, **self._of_group}
         self._begin()
         # What Optimizer's constructor does besides making groups and state.
         super().__setstate__({})
@@ -109,9 +109,9 @@ class SAM(TwoPass):
         self.ascent.check_count(self.param_groups)
 
     def _begin(self) -> None:
-        self.clean_view = CleanView()
+        self.clean_view: CleanView = CleanView()
         self.clean_view.find(p for group in self.param_groups for p in group["params"])
-        self.ledger = Ledger(self._structure, lambda group, i: None, self._prepare)
+        self.ledger: Ledger = Ledger(self._structure, lambda group, i: None, self._prepare)
         # What the ledger shows: masks, and averages of gradients.
         self._kept: State = {}
         self._carried = {}

@@ -39,6 +39,6 @@ def uncompiled(function: F) -> F:
 
 
 # Optimizer's own methods, which import torch.compile.
-add_param_group = uncompiled(inspect.unwrap(Optimizer.add_param_group))
-state_dict = uncompiled(inspect.unwrap(Optimizer.state_dict))
-zero_grad = uncompiled(inspect.unwrap(Optimizer.zero_grad))
+add_param_group: Callable[[Optimizer, dict[str, Any]], None] = uncompiled(inspect.unwrap(Optimizer.add_param_group))
+state_dict: Callable[[Optimizer], dict[str, Any]] = uncompiled(inspect.unwrap(Optimizer.state_dict))
+zero_grad: Callable[[Optimizer, bool], None] = uncompiled(inspect.unwrap(Optimizer.zero_grad))

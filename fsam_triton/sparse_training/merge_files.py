@@ -44,7 +44,8 @@ class MergeFiles:
     """
 
     def __init__(self, folder: str | os.PathLike[str], workers: Workers, settings: Mapping[str, Any]) -> None:
-        self.folder, self._workers, self._settings = Path(folder), workers, settings
+        self.folder: Path = Path(folder)
+        self._workers, self._settings = workers, settings
         self.folder.mkdir(parents=True, exist_ok=True)
         self.last: int | None = None
         self._whole = 0

@@ -101,7 +101,9 @@ class SparseMerger:
         self._local_steps, self._masks, self._how = local_steps, masks, how
         self._refresh_every, self._dense_merges = refresh_every, dense_merges
         self.mask: FishMask | None = None
-        self.steps = self.merges = self._steps_merged = 0
+        self.steps: int = 0
+        self.merges: int = 0
+        self._steps_merged = 0
         self._files: MergeFiles | None = None
         self._workers = Workers(next(model.parameters()).device, self._describe_failure)
         if checkpoint is not None:

@@ -33,10 +33,10 @@ class Workers:
 
     def __init__(self, device: torch.device, describe: Callable[[], str]) -> None:
         started = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if started else 0
-        self.size = dist.get_world_size() if started else 1
-        self.device = torch.device("cpu") if started and dist.get_backend() == "gloo" else device
-        self.bytes_sent = 0
+        self.rank: int = dist.get_rank() if started else 0
+        self.size: int = dist.get_world_size() if started else 1
+        self.device: torch.device = torch.device("cpu") if started and dist.get_backend() == "gloo" else device
+        self.bytes_sent: int = 0
         self._describe = describe
 
     def _call(self, communicate: Callable[..., Any], *args: Any) -> None:
