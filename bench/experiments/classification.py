@@ -75,7 +75,10 @@ class Task:
 
     def block(self, noise: float = 0.0, experiment: str = CLASSIFICATION) -> Block:
         """The runs at a share of wrong labels, of all weights or of adapters."""
-        return Block(experiment, Path(self.path).name, self.name, noise, self.training, EPOCHS)
+        folder = Path(self.path)
+        # The packaged model's folder has the package's name around it.
+        model = folder.parent.name if folder.name == "model" else folder.name
+        return Block(experiment, model, self.name, noise, self.training, EPOCHS)
 
     def training_texts(self, setting: Setting) -> list[dict[str, Any]]:
         """What a run is trained on: of one seed the same texts, and the same labels are wrong."""

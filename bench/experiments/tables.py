@@ -73,8 +73,12 @@ def title(block: Block) -> str:
 
 
 def blocks_of(records: Sequence[Record]) -> list[Block]:
-    """The blocks that have judged runs, in the order of their first ones."""
-    return list(dict.fromkeys(Block.of(one) for one in records if one["judged_on"] == "test"))
+    """The blocks that have judged runs of two seeds or more, in the order of their first ones."""
+    seeds: dict[Block, set[int]] = {}
+    for one in records:
+        if one["judged_on"] == "test":
+            seeds.setdefault(Block.of(one), set()).add(one["seed"])
+    return [block for block, of in seeds.items() if len(of) > 1]
 
 
 def report(records: Sequence[Record]) -> str:
