@@ -147,7 +147,7 @@ IMPLEMENTATIONS = {"fsam_triton": lambda: ops, "eager": lambda: reference, "torc
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("precision", "name"), CASES, indirect=["precision"])
+@pytest.mark.parametrize(("precision", "name"), CASES, indirect=["precision"], scope="module")
 def test_pass(record, tensors, precision, name, implementation):
     one = PASSES[name]
     n = tensors.n
@@ -196,7 +196,7 @@ UPDATES = {
 PACKAGES = {"torch-optimi": "optimi", "flashoptim": "flashoptim"}
 
 
-@pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"], indirect=True)
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"], indirect=True, scope="module")
 @pytest.mark.parametrize("implementation", UPDATES)
 def test_update_alone(record, device, tiny, precision, implementation):
     if not is_installed(PACKAGES.get(implementation, "torch")):

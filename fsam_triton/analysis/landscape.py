@@ -161,8 +161,9 @@ def draw_map(axes: Axes, landscape: Landscape, levels: list[float] | None) -> Co
     """Draw a plane's losses; the result is what `draw_scale` needs."""
     x, z = landscape.coordinates, landscape.losses
     # Rows are the second axis of a picture.
-    drawn = axes.contourf(x, x, z.T, levels, cmap="viridis", norm="linear")
-    axes.contour(x, x, z.T, levels, colors="white", linewidths=0.4)
+    at = [] if levels is None else [levels]
+    drawn = axes.contourf(x, x, z.T, *at, cmap="viridis", norm="linear")
+    axes.contour(x, x, z.T, *at, colors="white", linewidths=0.4)
     axes.plot(0, 0, marker="+", color="white", markeredgewidth=1.5)
     axes.set_aspect("equal")
     return drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import sys
 import warnings
@@ -75,7 +76,7 @@ class ForwardWatch:
 
     def _called(self, module: nn.Module, args: Any) -> None:
         # Within a graph of torch.compile the modules of others are as if there was no hook, and ours break it.
-        if not torch.compiler.is_dynamo_compiling() or self._owns(module):
+        if not torch.compiler.is_dynamo_compiling() or self._owns_at(id(module)):
             self._noticed(module)
 
     # A graph of it alone would be taken for other optimizers and modules.
@@ -99,8 +100,12 @@ class ForwardWatch:
             self._strangers.add(module)
         return False
 
+    def _owns_at(self, address: int) -> bool:
+        """`_owns` of the module with this `id`: to torch before 2.13, a module is no constant."""
+        return self._owns(ctypes.cast(address, ctypes.py_object).value)
+
     # For torch.compile a constant, as by torch.compiler.assume_constant_result, which would import the compiler.
-    _owns.__dict__["_dynamo_marked_constant"] = True
+    _owns_at.__dict__["_dynamo_marked_constant"] = True
 
     @uncompiled
     def _noticed(self, module: nn.Module) -> None:

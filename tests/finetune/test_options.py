@@ -127,7 +127,7 @@ def test_default_comparison_searches_no_rho_that_is_given_or_cannot_be_searched(
 
 def test_packaged_texts_have_defaults_of_their_own_and_labels_of_others_are_left_alone():
     packaged, own = Arguments(), Arguments(train_file="train.csv")
-    assert (packaged.max_seq_length, packaged.num_train_epochs, packaged.label_noise) == (32, 6.0, 0.2)
+    assert (packaged.max_seq_length, packaged.num_train_epochs, packaged.label_noise) == (32, 5.0, 0.2)
     assert (own.max_seq_length, own.num_train_epochs, own.label_noise) == (96, 4.0, 0.0)
     assert Arguments(label_noise=0.0).label_noise == 0.0
     assert Arguments(train_file="train.csv", label_noise=0.1).label_noise == 0.1
