@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 from bench import codegen
 from bench import kernel_builds as kb
@@ -172,6 +172,8 @@ def test_gap_reads_four_elements_of_each_tensor_at_a_time(dtype):
 @pytest.fixture
 def same_triton():
     """Each version makes its own machine code: that of Triton 3.6 moves other bytes for codes of 8 bits."""
+    import triton
+
     report = codegen.RESULTS.read_text(encoding="utf-8")
     if f"Triton {triton.__version__}," not in report.partition("\n")[0]:
         pytest.skip("the report is of another version of Triton")
