@@ -189,8 +189,9 @@ def facts(arguments: Arguments, own: Mapping[str, str], mask: FishMask | None) -
         "device": device,
         "fsam-triton": __version__,
         "python": platform.python_version(),
+        "torch": torch.__version__,
     }
-    for name in ("torch", "triton", "transformers", *(("trl", "peft") if arguments.task == "causal-lm" else ())):
+    for name in ("triton", "transformers", *(("trl", "peft") if arguments.task == "causal-lm" else ())):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
