@@ -34,8 +34,8 @@ FEW = 4
 TOLERANCE = 0.05
 RADIUS = 0.5
 POINTS = 7
-# Measured of each model.
-FIGURES = 5
+
+FIGURES_PER_MODEL = 5
 
 
 @dataclass
@@ -65,7 +65,7 @@ def measure_sharpness(arguments: Arguments, task: AnyTask) -> list[Sharpness]:
     batches = list(task.draw_batches(TEXTS, BATCH, SUBSET_SEED))
     print(f"measuring sharpness and loss landscapes of {len(arguments.sam_type)} models", flush=True)
     found = []
-    with tqdm(total=FIGURES * len(arguments.sam_type), unit="figure") as bar:
+    with tqdm(total=FIGURES_PER_MODEL * len(arguments.sam_type), unit="figure") as bar:
         for sam_type in arguments.sam_type:
             model = task.saved_model(arguments, run_folder(arguments, sam_type))
             found.append(measure(SAM_TYPES[sam_type], model.to(arguments.device), batches, bar))
