@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from fsam_triton import FSAM, SAM, AdamWL2SP, FisherMask, MomentumSAM, Schedule
 from tests.processes import eager_passes
 
-STEPS, HALF = 20, 10
+STEPS, HALF = 10, 5
 FULL = StateDictOptions(full_state_dict=True)
 NOTHING = torch.empty(0)
 MASK = FisherMask(keep_ratio=0.3, interval=3, samples=2)

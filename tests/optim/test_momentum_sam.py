@@ -1,11 +1,6 @@
 """MomentumSAM against the fp64 reference: clean and perturbed weights, precisions, schedules, rules."""
 
 import math
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -298,20 +293,3 @@ def test_clean_weights_over_a_hundred_steps_equal_two_explicit_passes_to_the_bit
                 parameter.copy_(weight)
         plain.step()
         train(model, optimizer, 1, problem=problem, start=step)
-
-
-@pytest.mark.slow
-def test_momentum_sam_equals_its_reference_in_the_interpreter():
-    selection = (
-        "(test_perturbation_after_the_first_step and plain)"
-        " or (test_schedule_decides and warmup)"
-        " or (test_any_rule and sgd and dtype0)"
-        " or (test_rho_zero and (bf16 or fp32))"
-    )
-    command = [sys.executable, "-m", "pytest", __file__, "-k", selection]
-    command += ["-q", "-p", "no:cacheprovider", "-W", "ignore"]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    root = Path(__file__).parents[2]
-    run = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stdout[-5000:]
-    assert int(re.search(r"(\d+) passed", run.stdout.splitlines()[-1])[1]) >= 6

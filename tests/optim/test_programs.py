@@ -19,7 +19,7 @@ def quick():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has taken 5 steps")
-@pytest.mark.parametrize(("kind", "count"), [("AdamWL2SP", 200), ("FSAM", 500), ("MomentumSAM", 400)])
+@pytest.mark.parametrize(("kind", "count"), [("AdamWL2SP", 150), ("FSAM", 300), ("MomentumSAM", 250)])
 def test_programs_equal_the_reference_and_their_copies(kind, count):
     @settings(
         max_examples=count,
