@@ -257,7 +257,8 @@ class Access:
 _LOOP = re.compile(r"scf\.for .* = %c(\d+)_i\d+ to %c(\d+)_i\d+ step %c(\d+)_i\d+")
 _IN_IR = re.compile(r"tt\.(load|store) (%[\w.]+).*: (?:tensor<(\d+(?:x\d+)*)x)?!tt\.ptr<[a-z]+(\d+)>")
 _POINTER = re.compile(r"(%[\w.]+) = tt\.(?:addptr|splat|broadcast) (%[\w.]+)")
-_SHARED = re.compile(r"%(mask_ptr|scale_ptr|scale_ptrs\.\d+)$")
+# A tuple's pointers are %scale_ptrs.0 and .1, or %scale_ptrs and %scale_ptrs_1 in Triton 3.6.
+_SHARED = re.compile(r"%(mask_ptr|scale_ptr|scale_ptrs([._]\d+)?)$")
 
 
 @functools.cache
