@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
-from torch.optim import Optimizer
 
 from .. import ops
 from ..buffers.flatten import flatten
@@ -28,6 +27,7 @@ from .balance import Balance
 from .checkpoint import checked_groups, checked_state, with_floats
 from .descent import Direction, Half, descend, prepared
 from .groups import check_options, check_parameters, trained_positions
+from .perturbable import Perturbable
 from .release import GradientRelease
 from .rules import RULES, Rule
 from .uncompiled import add_param_group, state_dict, uncompiled, zero_grad
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _UPDATE = 0x51ED270B
 
 
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(Perturbable):
     """A rule over parameters that stay where they are, in one pass over all of them; the base of our optimizers.
 
     Args:
@@ -403,30 +403,7 @@ class FusedOptimizer(Optimizer):
             compute_dtype(lanes.dtype),
         )
 
-    # -- clean weights -------------------------------------------------------------------------------------------------
-
-    @property
-    def perturbed(self) -> bool:
-        """Whether the parameters currently hold perturbed weights."""
-        return self.ledger.perturbed
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put back the clean weights, to the bit, if the parameters are perturbed."""
-        self.ledger.restore()
-
-    @torch.no_grad()
-    def clean_weight(self, p: Tensor) -> Tensor | None:
-        """The clean weights of a parameter that is currently perturbed, as a tensor like it.
-
-        Args:
-            p: any tensor.
-
-        Returns:
-            The weights that `restore` would put back, or None if p is not perturbed, or is not a parameter of this
-            optimizer.
-        """
-        return self.ledger.clean_weight(p)
+    # -- weights -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def master_weight(self, p: Parameter) -> Tensor:
@@ -534,10 +511,7 @@ class FusedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.average.refuse("copying or pickling the optimizer")
-        if self.perturbed:
-            raise RuntimeError(
-                "the weights are perturbed: call restore() or step() before copying or pickling the optimizer"
-            )
+        self._refuse_copies_while_perturbed()
         own = {name: value for name, value in vars(self).items() if name in self._ARGUMENTS}
         return {**super().__getstate__(), **own}
 
@@ -553,9 +527,3 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         # Lanes of its own, which are made of the copied state.
         self.average, self.ledger = Average(), self._new_ledger()
-
-    def __del__(self) -> None:
-        # Nobody could restore the weights any more.
-        with contextlib.suppress(Exception):
-            if self.ledger.perturbed:
-                self.restore()

@@ -228,10 +228,7 @@ class SAM(TwoPass):
         self.ledger.refresh(self.param_groups, self._kept)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.perturbed:
-            raise RuntimeError(
-                "the weights are perturbed: call restore() or step() before copying or pickling the optimizer"
-            )
+        self._refuse_copies_while_perturbed()
         self._show_kept()
         kept = ("base", "gamma", "ascent_fraction", "ascent", "_of_group", "defaults")
         return {name: vars(self)[name] for name in kept} | {"kept": dict(self._kept)}
@@ -241,9 +238,3 @@ class SAM(TwoPass):
         super().__setstate__(state)
         self._begin()
         self._kept.update(own)
-
-    def __del__(self) -> None:
-        ledger = self.__dict__.get("ledger")
-        if ledger is not None and ledger.perturbed:
-            with torch.no_grad():
-                ledger.restore()

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.nn import Parameter
-from torch.optim import Optimizer
 
 from ..batches.samples import first_samples, select_samples
 from ..buffers.entries import State
-from ..buffers.ledger import Found, Ledger
+from ..buffers.ledger import Found
 from ..buffers.members import name_of
 from ..errors import check, warn
 from ..masks.perturbed import FisherMask
 from . import rho
 from .ascent import Ascent
 from .clean import CleanView
+from .perturbable import Perturbable
 from .schedule import Schedule
 from .uncompiled import uncompiled
 
@@ -29,7 +29,7 @@ from .uncompiled import uncompiled
 _FORGOTTEN = 5
 
 
-class TwoPass(Optimizer):
+class TwoPass(Perturbable):
     """The protocol shared by `FSAM` and `SAM`, which have the attributes below and implement the descent.
 
     Attributes:
@@ -38,7 +38,6 @@ class TwoPass(Optimizer):
         splits_batches: whether other code (Lightning's callback) takes that part of the batch.
     """
 
-    ledger: Ledger
     ascent: Ascent
     clean_view: CleanView
     gamma: float
@@ -90,11 +89,6 @@ class TwoPass(Optimizer):
     def is_sharp(self) -> bool:
         """Whether the schedule wants the coming step to be sharpness-aware."""
         return rho.is_sharp(self.param_groups)
-
-    @property
-    def perturbed(self) -> bool:
-        """Whether the parameters currently hold perturbed weights."""
-        return self.ledger.perturbed
 
     @uncompiled
     @torch.no_grad()
@@ -354,21 +348,8 @@ class TwoPass(Optimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Put back the clean weights, to the bit, if the parameters are perturbed."""
-        self.ledger.restore()
+        super().restore()
         self.clean_view.close()
-
-    @torch.no_grad()
-    def clean_weight(self, p: Tensor) -> Tensor | None:
-        """The clean weights of a parameter that is currently perturbed, as a tensor like it.
-
-        Args:
-            p: any tensor.
-
-        Returns:
-            The weights that `restore` would put back, or None if p is not perturbed, or is not a parameter of this
-            optimizer.
-        """
-        return self.ledger.clean_weight(p)
 
     # -- masks ---------------------------------------------------------------------------------------------------------
 
