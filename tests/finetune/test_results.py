@@ -218,6 +218,7 @@ def test_resumed_run_is_the_one_that_was_not_interrupted(long, tmp_path, more, s
     assert names(out) == names(whole)
 
 
+@pytest.mark.slow
 def test_resumed_comparison_does_not_repeat_what_was_finished(long, tmp_path):
     out, whole = tmp_path / "out", tmp_path / "whole"
     long = [*long, "--sam_type", "none", "sam", "gsam"]
