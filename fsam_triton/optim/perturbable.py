@@ -52,5 +52,6 @@ class Perturbable(Optimizer):
     def __del__(self) -> None:
         # Nobody could restore the weights any more.
         with contextlib.suppress(Exception):
-            if self.perturbed:
+            # Not self.ledger, which a SAM that could not be made would look for in its base.
+            if vars(self)["ledger"].perturbed:
                 self.restore()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.finetune.running import WORDS
+from tests.finetune.running import WORDS, command_line
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}{{ raise_exception('who is ' + m.role) }}"
@@ -74,12 +74,7 @@ def lm_options(tiny_gpt, sentences, tmp_path):
         "max_steps": 3,
         "per_device_train_batch_size": 4,
     }
-    return [
-        *(word for name, value in options.items() for word in (f"--{name}", str(value))),
-        "--use_cpu",
-        "--report",
-        "none",
-    ]
+    return [*command_line({**options, "report": "none"}), "--use_cpu"]
 
 
 def write_rows(path, *rows):

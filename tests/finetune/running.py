@@ -12,6 +12,11 @@ WORDS = ["good", "fine", "bright", "bad", "dull", "grey", "film", "plot", "was",
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
+def command_line(options):
+    """Options by name as words of a command line."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
 def results(tmp_path):
     return json.loads((tmp_path / "out" / "all_results.json").read_text())
 

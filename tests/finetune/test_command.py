@@ -14,7 +14,7 @@ from fsam_triton.finetune import command  # noqa: E402
 from fsam_triton.finetune.options import SAM_TYPES  # noqa: E402
 from fsam_triton.finetune.parser import parse  # noqa: E402
 from fsam_triton.optim import recipes  # noqa: E402
-from tests.finetune.running import results, trained  # noqa: E402
+from tests.finetune.running import command_line, results, trained  # noqa: E402
 
 
 def test_without_sam_type_adamw_and_two_sharp_optimizers_are_compared(options, tmp_path, capsys):
@@ -122,8 +122,7 @@ def test_without_data_or_model_the_packaged_model_learns_from_bbc_news(tmp_path)
         pytest.importorskip(package)
     limits = {"max_steps": 1, "max_seq_length": 16, "max_eval_samples": 16, "output_dir": tmp_path / "out"}
     # A report of so large a model takes a minute.
-    line = [word for name, value in {**limits, "report": "none"}.items() for word in (f"--{name}", str(value))]
-    assert finetune.main(line) == 0
+    assert finetune.main(command_line({**limits, "report": "none"})) == 0
     assert [len(run["losses"]) for run in results(tmp_path)["runs"]] == [1, 1, 1]
     labels = transformers.AutoConfig.from_pretrained(tmp_path / "out" / "fisher-sam").id2label
     assert list(labels.values()) == ["business", "entertainment", "politics", "sports", "tech"]
@@ -143,13 +142,12 @@ def test_types_of_the_fsam_code_train_the_packaged_model(reviews, tmp_path):
         "mask_iter_e": 4,
         "output_dir": tmp_path / "out",
     }
-    line = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     # Together they use everything that the others use. Compiled: over so many weights, eager passes take four times as
     # long as the model.
     types = ["esam", "fisher-gsam"]
     assert set(types) < set(recipes.SAM_TYPES)
     with torch.compiler.set_stance("default"):
-        assert finetune.main([*line, "--use_cpu", "--sam_type", *types]) == 0
+        assert finetune.main([*command_line(options), "--use_cpu", "--sam_type", *types]) == 0
     runs = results(tmp_path)["runs"]
     assert [run["name"] for run in runs] == [SAM_TYPES[sam_type] for sam_type in types]
     for run in runs:
